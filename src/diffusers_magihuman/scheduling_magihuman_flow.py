@@ -1,0 +1,148 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The flow scheduler of MagiHuman: the noise level lives here alone, since the model never sees a timestep."""
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers import UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class MagiHumanFlowScheduler(UniPCMultistepScheduler):
+    r"""
+    Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986).
+
+    The noise levels fall linearly from `1 - 1 / num_train_timesteps` towards 0 and are then shifted,
+    `sigma = flow_shift * sigma / (1 + (flow_shift - 1) * sigma)`. Before `set_timesteps` is called the grid has
+    `num_train_timesteps` levels, for training with `add_noise`.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000): Timestep of pure noise.
+        flow_shift (`float`, defaults to 5.0): Shift of the noise levels towards noise.
+        sampler (`str`, defaults to `"unipc"`):
+            `"unipc"`: the [UniPC](https://huggingface.co/papers/2302.04867) multistep solver of the base model.
+            `"renoise"`: the stochastic step of the distilled model, which predicts the clean sample and mixes it with
+            fresh noise, `x = sigma_next * noise + (1 - sigma_next) * (x - sigma * velocity)`.
+        solver_order (`int`, defaults to 2): Order of the multistep solver.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        flow_shift: float = 5.0,
+        sampler: str = "unipc",
+        solver_order: int = 2,
+    ) -> None:
+        if sampler not in ("unipc", "renoise"):
+            raise ValueError(f"`sampler`={sampler!r} must be 'unipc' or 'renoise'.")
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=flow_shift,
+            solver_order=solver_order,
+        )
+        self.set_timesteps(num_train_timesteps)
+        self.num_inference_steps = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | np.ndarray | None = None,
+    ) -> None:
+        """
+        Sets the noise levels of a run.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of steps, at least 1; not needed with `sigmas`.
+            device (`str` or `torch.device`, *optional*): Where the timesteps go; the noise levels stay on the CPU.
+            sigmas (`list[float]` or `np.ndarray`, *optional*): Falling noise levels in (0, 1] before the shift.
+
+        Raises:
+            `ValueError`: `num_inference_steps` below 1, or noise levels that do not fall or lie outside of (0, 1].
+        """
+        if sigmas is None:
+            if num_inference_steps is None or num_inference_steps < 1:
+                raise ValueError(f"`num_inference_steps`={num_inference_steps} must be 1 or more.")
+            sigma_max = float(np.float32(1 - 1 / self.config.num_train_timesteps))
+            sigmas = np.linspace(sigma_max, 0.0, num_inference_steps + 1)[:-1]
+        sigmas = np.array(sigmas, dtype=np.float64)
+        if sigmas.size == 0 or sigmas[0] > 1 or sigmas[-1] <= 0 or (np.diff(sigmas) >= 0).any():
+            raise ValueError(f"`sigmas`={sigmas.tolist()} must fall from at most 1 and stay above 0.")
+        super().set_timesteps(device=device, sigmas=sigmas)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """
+        Goes from one noise level to the next.
+
+        Args:
+            model_output (`torch.Tensor`): Velocity, of the shape of `sample`.
+            timestep (`int` or `torch.Tensor`): The current timestep; only the first call of a run looks it up.
+            sample (`torch.Tensor`): Sample at the current noise level.
+            generator (`torch.Generator` or a list of them, *optional*): Draws the noise of the `"renoise"` sampler.
+            variance_noise (`torch.Tensor`, *optional*): That noise itself, of the shape of `sample`.
+            return_dict (`bool`, defaults to `True`): Whether to return a `SchedulerOutput` instead of a tuple.
+
+        Returns:
+            `SchedulerOutput` or `tuple`: The sample at the next noise level.
+
+        Raises:
+            `ValueError`: `set_timesteps` was not called.
+        """
+        if self.config.sampler == "unipc":
+            return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+        if self.num_inference_steps is None:
+            raise ValueError("Call `set_timesteps` before `step`.")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+
+        sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        denoised = sample - sigma * model_output
+        if variance_noise is None:
+            # The last step's counts for nothing, but is drawn: a seed gives the original's sequence of draws.
+            variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        prev_sample = sigma_next * variance_noise + (1 - sigma_next) * denoised
+        self._step_index += 1
+
+        if not return_dict:
+            return (prev_sample,)
+        return SchedulerOutput(prev_sample=prev_sample)
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Mixes samples with noise, `(1 - sigma) * sample + sigma * noise`, as Diffusers' other flow schedulers do.
+
+        Args:
+            sample (`torch.Tensor`): Clean samples, batch first.
+            timestep (`torch.Tensor` of shape `(batch_size,)`): Timesteps out of `timesteps`.
+            noise (`torch.Tensor`, *optional*): Noise of the shape of `sample`; drawn if left out.
+        """
+        if noise is None:
+            noise = randn_tensor(sample.shape, device=sample.device, dtype=sample.dtype)
+        return self.add_noise(sample, noise, timestep)

@@ -1,0 +1,105 @@
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import load_golden
+
+from diffusers_magihuman import MagiHumanFlowScheduler
+
+
+def velocity(sample):
+    """The model of the golden trajectories."""
+    return 0.3 * sample + torch.sin(sample)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 5, 8, 32])
+def test_golden_unipc_trajectory(num_steps):
+    _, golden = load_golden("scheduler_unipc")
+    scheduler = MagiHumanFlowScheduler()
+    scheduler.set_timesteps(num_steps)
+    assert torch.equal(scheduler.timesteps, golden[f"n{num_steps}.timesteps"])
+    assert torch.equal(scheduler.sigmas, golden[f"n{num_steps}.sigmas"])
+    sample = golden["in.x0"]
+    for timestep, expected in zip(scheduler.timesteps, golden[f"n{num_steps}.trajectory"], strict=True):
+        sample = scheduler.step(velocity(sample), timestep, sample).prev_sample
+        assert torch.equal(sample, expected)
+
+
+@pytest.mark.parametrize("num_steps", [4, 8])
+def test_golden_renoise_trajectory(num_steps):
+    _, golden = load_golden("scheduler_unipc")
+    scheduler = MagiHumanFlowScheduler(sampler="renoise")
+    scheduler.set_timesteps(num_steps)
+    sample = golden["in.x0"]
+    trajectory, noises = golden[f"n{num_steps}.ddim.trajectory"], golden[f"n{num_steps}.ddim.noise"]
+    for timestep, noise, expected in zip(scheduler.timesteps, noises, trajectory, strict=True):
+        sample = scheduler.step(velocity(sample), timestep, sample, variance_noise=noise, return_dict=False)[0]
+        torch.testing.assert_close(sample, expected, atol=1e-6, rtol=0)
+
+
+def test_renoise_draws_from_the_generator_in_every_step():
+    scheduler = MagiHumanFlowScheduler(sampler="renoise")
+    scheduler.set_timesteps(2)
+    generator, twin = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    sample = torch.randn(1, 2, 3)
+    for timestep in scheduler.timesteps:
+        noise = torch.randn(1, 2, 3, generator=twin)
+        sigma, sigma_next = scheduler.sigmas[scheduler.step_index or 0 :][:2]
+        expected = sigma_next * noise + (1 - sigma_next) * (sample - sigma * velocity(sample))
+        sample = scheduler.step(velocity(sample), timestep, sample, generator=generator).prev_sample
+        torch.testing.assert_close(sample, expected)
+    assert torch.equal(generator.get_state(), twin.get_state())  # the last step draws too
+
+
+def test_custom_sigmas_are_shifted():
+    scheduler = MagiHumanFlowScheduler(flow_shift=3.0)
+    scheduler.set_timesteps(sigmas=[0.9, 0.5])
+    expected = [3 * sigma / (1 + 2 * sigma) for sigma in (0.9, 0.5)]
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([*expected, 0.0]))
+    assert scheduler.timesteps.tolist() == [int(1000 * sigma) for sigma in expected]
+
+
+def test_noise_of_training_is_the_flow():
+    scheduler = MagiHumanFlowScheduler()
+    assert len(scheduler.timesteps) == len(scheduler) == 1000
+    samples, noise = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    timesteps = scheduler.timesteps[[100, 600, 950]]
+    sigma = scheduler.sigmas[[100, 600, 950]].view(3, 1, 1)
+    expected = (1 - sigma) * samples + sigma * noise
+    # Truncated timesteps can stand for two neighbouring noise levels, which differ by less than a step.
+    torch.testing.assert_close(scheduler.add_noise(samples, noise, timesteps), expected, atol=5e-3, rtol=0)
+    assert torch.equal(
+        scheduler.scale_noise(samples, timesteps, noise), scheduler.add_noise(samples, noise, timesteps)
+    )
+
+
+def test_config_round_trip_and_exchange(tmp_path):
+    scheduler = MagiHumanFlowScheduler(flow_shift=7.0, sampler="renoise", solver_order=3)
+    scheduler.save_pretrained(tmp_path)
+    loaded = MagiHumanFlowScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.flow_shift, loaded.config.sampler, loaded.config.solver_order) == (7.0, "renoise", 3)
+    unipc = diffusers.UniPCMultistepScheduler.from_config(loaded.config)
+    assert unipc.config.flow_shift == 7.0 and unipc.config.prediction_type == "flow_prediction"
+    assert MagiHumanFlowScheduler.from_config(unipc.config).config.flow_shift == 7.0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_inference_steps": 0}, "`num_inference_steps`=0 must be 1 or more"),
+        ({}, "`num_inference_steps`=None must be 1 or more"),
+        ({"sigmas": []}, r"`sigmas`=\[\] must fall"),
+        ({"sigmas": [0.5, 0.9]}, r"`sigmas`=\[0.5, 0.9\] must fall"),
+        ({"sigmas": np.array([1.5, 0.5])}, r"`sigmas`=\[1.5, 0.5\] must fall from at most 1"),
+    ],
+)
+def test_wrong_timesteps_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MagiHumanFlowScheduler().set_timesteps(**arguments)
+
+
+def test_wrong_use_raises():
+    with pytest.raises(ValueError, match="`sampler`='ddim' must be 'unipc' or 'renoise'"):
+        MagiHumanFlowScheduler(sampler="ddim")
+    with pytest.raises(ValueError, match="set_timesteps"):
+        MagiHumanFlowScheduler(sampler="renoise").step(torch.zeros(1), 999, torch.zeros(1))
