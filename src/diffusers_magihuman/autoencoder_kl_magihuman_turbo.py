@@ -1,0 +1,541 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Turbo VAE: a light decoder for the latents of the Wan 2.2 VAE, and that VAE's own encoder.
+
+Notable features:
+
+- the decoder is not causal; it slides a window over the latent frames, so its memory does not grow with the video
+- its norms have no weights and work in float32
+- the encoder is Diffusers' `WanEncoder3d`, weight for weight, and may be left out
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, patchify, unpatchify
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+# Statistics of the 48 latent channels of the Wan 2.2 VAE.
+# fmt: off
+LATENTS_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENTS_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
+
+def rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """Scale every position of `(batch_size, channels, ...)` to mean square 1 over its channels, in float32."""
+    mean_square = hidden_states.float().pow(2).mean(dim=1, keepdim=True)
+    return (hidden_states * torch.rsqrt(mean_square + eps)).to(hidden_states.dtype)
+
+
+def apply_to_frames(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Run a module for images on every frame of `(batch_size, channels, num_frames, height, width)`."""
+    frames = module(hidden_states.transpose(1, 2).flatten(0, 1))
+    return frames.unflatten(0, (hidden_states.shape[0], -1)).transpose(1, 2)
+
+
+class MagiHumanTurboConv3d(nn.Conv3d):
+    """Convolution of `(batch_size, channels, num_frames, height, width)` that repeats the outer frames in time and
+    pads height and width with zeros, so that all three keep their size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int], groups: int = 1
+    ) -> None:
+        frame_padding, *spatial_padding = ((size - 1) // 2 for size in kernel_size)
+        super().__init__(in_channels, out_channels, kernel_size, padding=(0, *spatial_padding), groups=groups)
+        self.frame_padding = frame_padding
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.frame_padding:
+            first = [hidden_states[:, :, :1]] * self.frame_padding
+            last = [hidden_states[:, :, -1:]] * self.frame_padding
+            hidden_states = torch.cat([*first, hidden_states, *last], dim=2)
+        return super().forward(hidden_states)
+
+
+class MagiHumanTurboSeparableConv3d(nn.Module):
+    """Depthwise convolution of `(batch_size, channels, num_frames, height, width)`, then a pointwise one."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.depthwise_conv = MagiHumanTurboConv3d(in_channels, in_channels, kernel_size, groups=in_channels)
+        self.pointwise_conv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.pointwise_conv(self.depthwise_conv(hidden_states))
+
+
+class MagiHumanTurboResnetBlock3d(nn.Module):
+    """
+    Residual block.
+
+    Args:
+        in_channels (`int`): Channels of the input.
+        out_channels (`int`): Channels of the output. Where they differ from `in_channels`, the residual is normed and
+            convolved too.
+        separable_kernel_size (`int`, *optional*): Kernel size of the separable convolutions; `None` for plain
+            convolutions, whose kernel size is 3.
+        shortcut_norm_eps (`float`): Epsilon of the norm of the residual.
+        first_activation (`Callable`, defaults to `F.silu`): What follows the first norm; SiLU follows the second.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        separable_kernel_size: int | None,
+        shortcut_norm_eps: float,
+        first_activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+    ) -> None:
+        super().__init__()
+        conv_class = MagiHumanTurboConv3d if separable_kernel_size is None else MagiHumanTurboSeparableConv3d
+        kernel_size = (separable_kernel_size or 3,) * 3
+        self.first_activation = first_activation
+        self.conv1 = conv_class(in_channels, out_channels, kernel_size)
+        self.conv2 = conv_class(out_channels, out_channels, kernel_size)
+        self.shortcut_norm_eps = shortcut_norm_eps
+        self.conv_shortcut = conv_class(in_channels, out_channels, (1, 1, 1)) if in_channels != out_channels else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.conv1(self.first_activation(rms_norm(hidden_states)))
+        hidden_states = self.conv2(F.silu(rms_norm(hidden_states)))
+        if self.conv_shortcut is not None:
+            residual = self.conv_shortcut(rms_norm(residual, self.shortcut_norm_eps))
+        return hidden_states + residual
+
+
+class MagiHumanTurboUpsampler3d(nn.Module):
+    """Doubles height and width and, unless `spatial_only`, the number of frames."""
+
+    def __init__(self, channels: int, spatial_only: bool) -> None:
+        super().__init__()
+        self.time_conv = None if spatial_only else MagiHumanTurboConv3d(channels, 2 * channels, (3, 1, 1))
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        )
+
+    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+        if self.time_conv is not None:
+            # (batch_size, 2 * channels, num_frames, ...) -> (batch_size, channels, 2 * num_frames, ...)
+            hidden_states = self.time_conv(hidden_states).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
+            if is_first_chunk:
+                hidden_states = hidden_states[:, :, 1:]  # the first latent frame stands for one frame, not for two
+        return apply_to_frames(self.resample, hidden_states)
+
+
+class MagiHumanTurboBlock3d(nn.Module):
+    """
+    Block of the decoder: change of channels, upsampler, residual blocks. The first two are left out where not wanted.
+
+    Args:
+        in_channels (`int`): Channels of the input.
+        out_channels (`int`): Channels of the output.
+        num_layers (`int`): Number of residual blocks.
+        separable_kernel_size (`int`, *optional*): See [`MagiHumanTurboResnetBlock3d`].
+        shortcut_norm_eps (`float`): See [`MagiHumanTurboResnetBlock3d`].
+        upsample (`bool`): Whether to upsample.
+        spatial_only (`bool`): Whether the upsampler leaves the number of frames as it is.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        separable_kernel_size: int | None,
+        shortcut_norm_eps: float,
+        upsample: bool = False,
+        spatial_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv_in = None
+        if in_channels != out_channels:
+            self.conv_in = MagiHumanTurboResnetBlock3d(
+                in_channels, out_channels, separable_kernel_size, shortcut_norm_eps
+            )
+        self.upsamplers = nn.ModuleList([MagiHumanTurboUpsampler3d(out_channels, spatial_only)] if upsample else [])
+        self.resnets = nn.ModuleList(
+            MagiHumanTurboResnetBlock3d(
+                out_channels,
+                out_channels,
+                separable_kernel_size,
+                shortcut_norm_eps,
+                first_activation=F.relu if upsample else F.silu,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+        if self.conv_in is not None:
+            hidden_states = self.conv_in(hidden_states)
+        for upsampler in self.upsamplers:
+            hidden_states = upsampler(hidden_states, is_first_chunk)
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states)
+        return hidden_states
+
+
+class MagiHumanTurboDecoder3d(nn.Module):
+    """
+    Decoder of one window of latent frames.
+
+    All tuples are ordered as in an encoder, from pixels to latents; the decoder walks them from the end. The tuples of
+    one entry more than there are blocks hold the middle block's in last place. Arguments: see
+    [`AutoencoderKLMagiHumanTurbo`].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: tuple[int, ...],
+        spatio_temporal_scaling: tuple[bool, ...],
+        spatio_only: tuple[bool, ...],
+        is_dw_conv: tuple[bool, ...],
+        dw_kernel_size: int,
+        patch_size: int,
+        resnet_norm_eps: float,
+        use_unpatchify: bool,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        channels = block_out_channels[-1]
+        mid_kernel_size, *kernel_sizes = (dw_kernel_size if is_dw else None for is_dw in reversed(is_dw_conv))
+        mid_layers, *num_layers = reversed(layers_per_block)
+
+        blocks = zip(
+            reversed(block_out_channels),
+            num_layers,
+            kernel_sizes,
+            reversed(spatio_temporal_scaling),
+            reversed(spatio_only),
+            strict=True,
+        )
+
+        self.conv_in = MagiHumanTurboConv3d(in_channels, channels, (3, 3, 3))
+        self.mid_block = MagiHumanTurboBlock3d(channels, channels, mid_layers, mid_kernel_size, resnet_norm_eps)
+        self.up_blocks = nn.ModuleList()
+        for block_channels, layers, kernel_size, upsample, spatial_only in blocks:
+            self.up_blocks.append(
+                MagiHumanTurboBlock3d(
+                    channels, block_channels, layers, kernel_size, resnet_norm_eps, upsample, spatial_only
+                )
+            )
+            channels = block_channels
+
+        self.upsampler2d_1 = None
+        if use_unpatchify:
+            out_channels = out_channels * patch_size**2
+        else:
+            self.upsampler2d_1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+            channels = channels // patch_size**2
+        self.conv_out = MagiHumanTurboConv3d(channels, out_channels, (3, 3, 3))
+
+    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`):
+                Latents.
+            is_first_chunk (`bool`):
+                Whether the first latent frame is the first of the video: it then gives one frame, else four.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, out_channels, 4 * num_frames - 3 or 4 * num_frames, 16 * height,
+            16 * width)`.
+        """
+        hidden_states = self.conv_in(hidden_states)
+        hidden_states = self.mid_block(hidden_states, is_first_chunk)
+        for up_block in self.up_blocks:
+            hidden_states = up_block(hidden_states, is_first_chunk)
+        hidden_states = F.silu(rms_norm(hidden_states))
+
+        if self.upsampler2d_1 is None:
+            return unpatchify(self.conv_out(hidden_states), self.patch_size)
+
+        hidden_states = apply_to_frames(self.upsampler2d_1, hidden_states)
+        hidden_states = F.pixel_shuffle(hidden_states.transpose(1, 2), self.patch_size).transpose(1, 2)
+        return self.conv_out(F.silu(rms_norm(hidden_states)))
+
+
+class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
+    light decoder for the latents of the Wan 2.2 VAE, `encode` is the encoder of the Wan 2.2 VAE.
+
+    Tuples with one entry per block go from pixels to latents, the reverse of the order in which the decoder runs.
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the video to encode.
+        out_channels (`int`, defaults to 3): Channels of the decoded video.
+        latent_channels (`int`, defaults to 48): Channels of the latents.
+        decoder_block_out_channels (`tuple[int, ...]`): Channels of each block.
+        decoder_layers_per_block (`tuple[int, ...]`): Residual blocks of each block, and of the middle block.
+        decoder_spatio_temporal_scaling (`tuple[bool, ...]`): Whether a block upsamples.
+        decoder_spatio_only (`tuple[bool, ...]`): Whether a block that upsamples leaves the number of frames as it is.
+        decoder_is_dw_conv (`tuple[bool, ...]`):
+            Whether the residual blocks of each block, and of the middle block, have depthwise separable convolutions.
+        decoder_dw_kernel_size (`int`, defaults to 5): Kernel size of the depthwise convolutions.
+        decoder_causal (`bool`, defaults to `False`): Only `False` is possible.
+        patch_size (`int`, defaults to 2):
+            Height and width of the square of pixels that is folded into channels. Only 2 is possible.
+        patch_size_t (`int`, defaults to 1): Only 1 is possible.
+        resnet_norm_eps (`float`, defaults to 1e-6): Epsilon of the norms on the shortcuts; the others have 1e-8.
+        scaling_factor (`float`, defaults to 1.0): Only 1 is possible: the latents are scaled by `latents_std`.
+        spatial_compression_ratio (`int`, defaults to 16): Pixels per latent in height and in width.
+        temporal_compression_ratio (`int`, defaults to 4): Frames per latent frame after the first.
+        use_unpatchify (`bool`, defaults to `True`):
+            Whether the last convolution gives patches; if not, a convolution and a pixel shuffle come before it.
+        first_chunk_size (`int`, defaults to 7): Latent frames that the first window decodes.
+        step_size (`int`, defaults to 7): Latent frames that every other window decodes.
+        encoder_base_dim (`int`, *optional*):
+            Channels of the first layer of the encoder, 160 in Wan 2.2. `None` for a model without encoder.
+        encoder_dim_mult (`tuple[int, ...]`): Channels of each block of the encoder, in units of `encoder_base_dim`.
+        encoder_num_res_blocks (`int`, defaults to 2): Residual blocks of each block of the encoder.
+        encoder_temporal_downsample (`tuple[bool, ...]`): Whether a block of the encoder halves the number of frames.
+        latents_mean (`tuple[float, ...]`): Mean of each latent channel. Applied by the pipelines, not in here.
+        latents_std (`tuple[float, ...]`): Standard deviation of each latent channel. Likewise.
+
+    Raises:
+        ValueError: For a value named as not possible above, and for tuples whose lengths do not agree.
+    """
+
+    _supports_gradient_checkpointing = False
+    _group_offload_block_modules = ["encoder", "quant_conv", "decoder"]
+    _skip_keys = ["feat_cache", "feat_idx"]  # lists that the encoder changes in place
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 48,
+        decoder_block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
+        decoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3),
+        decoder_spatio_temporal_scaling: tuple[bool, ...] = (False, True, True, True),
+        decoder_spatio_only: tuple[bool, ...] = (False, True, False, False),
+        decoder_is_dw_conv: tuple[bool, ...] = (False, False, False, False, False),
+        decoder_dw_kernel_size: int = 5,
+        decoder_causal: bool = False,
+        patch_size: int = 2,
+        patch_size_t: int = 1,
+        resnet_norm_eps: float = 1e-6,
+        scaling_factor: float = 1.0,
+        spatial_compression_ratio: int = 16,
+        temporal_compression_ratio: int = 4,
+        use_unpatchify: bool = True,
+        first_chunk_size: int = 7,
+        step_size: int = 7,
+        encoder_base_dim: int | None = None,
+        encoder_dim_mult: tuple[int, ...] = (1, 2, 4, 4),
+        encoder_num_res_blocks: int = 2,
+        encoder_temporal_downsample: tuple[bool, ...] = (False, True, True),
+        latents_mean: tuple[float, ...] = LATENTS_MEAN,  # noqa: ARG002
+        latents_std: tuple[float, ...] = LATENTS_STD,  # noqa: ARG002
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("decoder_causal", decoder_causal, False),
+            ("patch_size", patch_size, 2),
+            ("patch_size_t", patch_size_t, 1),
+            ("scaling_factor", scaling_factor, 1.0),
+        ):
+            if value != allowed:
+                raise ValueError(f"`{name}` must be {allowed}, but is {value}.")
+        num_blocks = len(decoder_block_out_channels)
+        for name, value, length in (
+            ("decoder_layers_per_block", decoder_layers_per_block, num_blocks + 1),
+            ("decoder_spatio_temporal_scaling", decoder_spatio_temporal_scaling, num_blocks),
+            ("decoder_spatio_only", decoder_spatio_only, num_blocks),
+            ("decoder_is_dw_conv", decoder_is_dw_conv, num_blocks + 1),
+        ):
+            if len(value) != length:
+                raise ValueError(
+                    f"`{name}` must have {length} entries, as `decoder_block_out_channels` has {num_blocks}, "
+                    f"but is {value}."
+                )
+
+        self.encoder = None
+        self.quant_conv = None
+        if encoder_base_dim is not None:
+            self.encoder = WanEncoder3d(
+                in_channels=in_channels * patch_size**2,
+                dim=encoder_base_dim,
+                z_dim=2 * latent_channels,
+                dim_mult=list(encoder_dim_mult),
+                num_res_blocks=encoder_num_res_blocks,
+                temperal_downsample=encoder_temporal_downsample,
+                is_residual=True,
+            )
+            self.quant_conv = WanCausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
+        self.decoder = MagiHumanTurboDecoder3d(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            block_out_channels=decoder_block_out_channels,
+            layers_per_block=decoder_layers_per_block,
+            spatio_temporal_scaling=decoder_spatio_temporal_scaling,
+            spatio_only=decoder_spatio_only,
+            is_dw_conv=decoder_is_dw_conv,
+            dw_kernel_size=decoder_dw_kernel_size,
+            patch_size=patch_size,
+            resnet_norm_eps=resnet_norm_eps,
+            use_unpatchify=use_unpatchify,
+        )
+        self.spatial_compression_ratio = spatial_compression_ratio
+        self.temporal_compression_ratio = temporal_compression_ratio
+        self.first_chunk_size = first_chunk_size
+        self.step_size = step_size
+        self.use_slicing = False
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        x = patchify(x, self.config.patch_size)
+        num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
+        feat_cache = [None] * num_convs
+        hidden_states = [self.encoder(x[:, :, :1], feat_cache=feat_cache, feat_idx=[0])]
+        for chunk in range(1, x.shape[2], self.temporal_compression_ratio):
+            frames = x[:, :, chunk : chunk + self.temporal_compression_ratio]
+            hidden_states.append(self.encoder(frames, feat_cache=feat_cache, feat_idx=[0]))
+        return self.quant_conv(torch.cat(hidden_states, dim=2))
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """
+        Encode videos, exactly as the Wan 2.2 VAE does.
+
+        Args:
+            x (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`):
+                Videos in [-1, 1]; height and width are multiples of 16. An image is a video of one frame.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an `AutoencoderKLOutput` instead of a plain tuple.
+
+        Returns:
+            `AutoencoderKLOutput` or `tuple`:
+                The distribution of the latents `(batch_size, latent_channels, k + 1, height / 16, width / 16)`, which
+                are not normalised.
+
+        Raises:
+            ValueError: If the model has no encoder, or for another number of frames.
+        """
+        if self.encoder is None:
+            raise ValueError(
+                "This model has no encoder, as its config has `encoder_base_dim=None`. For the encoder of Wan 2.2, "
+                "create it with `encoder_base_dim=160` and load `encoder.*` and `quant_conv.*` of the state dict of "
+                "Wan 2.2's `AutoencoderKLWan`, or encode with that model."
+            )
+        if x.shape[2] % self.temporal_compression_ratio != 1:
+            raise ValueError(
+                f"`x` must have {self.temporal_compression_ratio} * k + 1 frames, but has shape {tuple(x.shape)}."
+            )
+        if self.use_slicing and x.shape[0] > 1:
+            moments = torch.cat([self._encode(x_slice) for x_slice in x.split(1)])
+        else:
+            moments = self._encode(x)
+        posterior = DiagonalGaussianDistribution(moments)
+
+        if not return_dict:
+            return (posterior,)
+        return AutoencoderKLOutput(latent_dist=posterior)
+
+    def _decode_windows(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """
+        Decode one window of latent frames after the other.
+
+        Each window but the outermost sees one latent frame more on either side, whose frames are cut off again. The
+        last latent frame is repeated until the last window is full.
+        """
+        num_missing = self.first_chunk_size - z.shape[2]
+        num_padding = num_missing if num_missing > 0 else num_missing % self.step_size
+        z = torch.cat([z, z[:, :, -1:].expand(-1, -1, num_padding, -1, -1)], dim=2)
+
+        ends = range(self.first_chunk_size, z.shape[2] + 1, self.step_size)
+        for start, end in zip([0, *ends], ends, strict=False):
+            is_first, is_last = start == 0, end == z.shape[2]
+            num_before = 0 if is_first else 1
+            num_after = 0 if is_last else 1
+            frames = self.decoder(z[:, :, start - num_before : end + num_after], is_first_chunk=is_first)
+            num_cut = num_padding if is_last else num_after
+            stop = frames.shape[2] - num_cut * self.temporal_compression_ratio
+            yield frames[:, :, num_before * self.temporal_compression_ratio : stop]
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list(self._decode_windows(z)), dim=2)
+
+    @apply_forward_hook
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Decode latents.
+
+        Args:
+            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`):
+                Latents, not normalised: `z * latents_std + latents_mean` of what a transformer gives.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a `DecoderOutput` instead of a plain tuple.
+
+        Returns:
+            `DecoderOutput` or `tuple`:
+                Videos `(batch_size, out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but
+                not clamped.
+        """
+        if self.use_slicing and z.shape[0] > 1:
+            decoded = torch.cat([self._decode(z_slice) for z_slice in z.split(1)])
+        else:
+            decoded = self._decode(z)
+
+        if not return_dict:
+            return (decoded,)
+        return DecoderOutput(sample=decoded)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Encode videos and decode them again.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`): Videos in [-1, 1].
+            sample_posterior (`bool`, *optional*, defaults to `False`):
+                Whether to draw the latents instead of taking the mode of their distribution.
+            return_dict (`bool`, *optional*, defaults to `True`): See [`~AutoencoderKLMagiHumanTurbo.decode`].
+            generator (`torch.Generator`, *optional*): Generator of the draw.
+
+        Returns:
+            `DecoderOutput` or `tuple`: Videos of the shape of `sample`.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
