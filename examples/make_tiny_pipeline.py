@@ -1,0 +1,131 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writes a complete pipeline of the real classes at toy width with random weights, as a Diffusers directory.
+
+It makes noise in a second on any machine, which is enough to try an installation or to test code:
+
+    python examples/make_tiny_pipeline.py tiny-magihuman
+"""
+
+import argparse
+import string
+
+import torch
+from diffusers import AutoencoderKLWan, AutoencoderOobleck
+from transformers import GemmaTokenizer, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
+
+from diffusers_magihuman import (
+    AutoencoderKLMagiHumanTurbo,
+    MagiHumanAudioVideoPipeline,
+    MagiHumanFlowScheduler,
+    MagiHumanTransformer3DModel,
+)
+
+
+LATENT_STATISTICS = {"latents_mean": [0.1, -0.2] * 4, "latents_std": [0.8, 1.2] * 4}
+
+
+def make_text_encoder(hidden_size: int) -> tuple[GemmaTokenizer, T5GemmaEncoderModel]:
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", "\n", *string.ascii_letters, *string.digits, *string.punctuation]
+    tokenizer = GemmaTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[])
+    module = T5GemmaModuleConfig(
+        vocab_size=len(vocab),
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+        sliding_window=16,
+        query_pre_attn_scalar=8,
+    )
+    config = T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False, vocab_size=len(vocab))
+    return tokenizer, T5GemmaEncoderModel(config).eval()
+
+
+def make_turbo_vae() -> AutoencoderKLMagiHumanTurbo:
+    return AutoencoderKLMagiHumanTurbo(
+        latent_channels=8,
+        decoder_block_out_channels=(4, 4, 8, 8),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        encoder_base_dim=4,
+        encoder_dim_mult=(1, 1, 1, 1),
+        encoder_num_res_blocks=1,
+        **LATENT_STATISTICS,
+    ).eval()
+
+
+def make_wan_vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+        **LATENT_STATISTICS,
+    ).eval()
+
+
+def make_audio_vae() -> AutoencoderOobleck:
+    return AutoencoderOobleck(
+        encoder_hidden_size=16,
+        downsampling_ratios=[8, 16, 16],
+        channel_multiples=[1, 1, 1],
+        decoder_channels=8,
+        decoder_input_channels=8,
+    ).eval()
+
+
+def make_transformer() -> MagiHumanTransformer3DModel:
+    return MagiHumanTransformer3DModel(
+        in_channels=8,
+        audio_in_channels=8,
+        text_in_channels=16,
+        num_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_head_dim=16,
+        modality_layers=(0, 2),
+        gelu_layers=(0,),
+    ).eval()
+
+
+def make_tiny_pipeline(is_distilled: bool = False, use_wan_vae: bool = False) -> MagiHumanAudioVideoPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = make_text_encoder(hidden_size=16)
+    return MagiHumanAudioVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=make_transformer(),
+        scheduler=MagiHumanFlowScheduler(sampler="renoise" if is_distilled else "unipc"),
+        vae=make_wan_vae() if use_wan_vae else make_turbo_vae(),
+        audio_vae=make_audio_vae(),
+        is_distilled=is_distilled,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="directory to write")
+    parser.add_argument("--distilled", action="store_true", help="8 stochastic steps without guidance")
+    arguments = parser.parse_args()
+    make_tiny_pipeline(is_distilled=arguments.distilled).save_pretrained(arguments.output)
+    print(arguments.output)

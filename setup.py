@@ -1,0 +1,43 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+root = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (root / "src/diffusers_magihuman/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="diffusers-magihuman",
+    version=version,
+    description="daVinci-MagiHuman, text to video of a speaking person with sound, as native Diffusers components",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="The diffusers-magihuman authors",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "diffusers>=0.42.1",
+        "transformers>=5.0",
+        "torch>=2.6",
+        "accelerate>=1.0",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.32",
+        "imageio-ffmpeg>=0.5",
+        "numpy>=1.26",
+        "pillow>=10",
+        "scipy>=1.11",
+        "soundfile>=0.12",
+    ],
+    extras_require={
+        "xformers": ["xformers>=0.0.35"],
+        "train": ["peft>=0.17"],
+        "dev": ["pytest>=8", "ruff>=0.15", "pre-commit>=4"],
+    },
+    entry_points={"console_scripts": ["magihuman = diffusers_magihuman.cli:main"]},
+)

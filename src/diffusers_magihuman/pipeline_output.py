@@ -1,0 +1,59 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the pipelines share: their output, and the names under which their components are saved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class MagiHumanPipelineOutput(BaseOutput):
+    """
+    Output of the MagiHuman pipelines.
+
+    Args:
+        frames (`torch.Tensor`, `np.ndarray` or `list[list[PIL.Image.Image]]`):
+            Videos at 25 frames a second: `(batch_size, num_frames, height, width, 3)` for `"np"`,
+            `(batch_size, num_frames, 3, height, width)` for `"pt"`, both in [0, 1]; a list of frames for each video
+            for `"pil"`; latents `(batch_size, channels, latent_frames, latent_height, latent_width)` for `"latent"`.
+        audio (`torch.Tensor` or `np.ndarray`):
+            Sound, `(batch_size, 2, num_samples)` in about [-1, 1] at the pipeline's `audio_sampling_rate`: a tensor
+            for `"pt"`, an array for `"np"` and `"pil"`; latents `(batch_size, audio_length, channels)` for
+            `"latent"`.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+    audio: torch.Tensor | np.ndarray
+
+
+class RegisteredComponentsMixin:
+    """Saves this package's components as `["diffusers", ClassName]`, the only form that loads from the Hub."""
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        for name, value in kwargs.items():
+            if (
+                isinstance(value, (tuple, list))
+                and len(value) == 2
+                and isinstance(value[0], str)
+                and value[0].split(".")[0] in ("diffusers_magihuman", "diffusers_modules")
+                and hasattr(diffusers, value[1])
+            ):
+                kwargs[name] = ("diffusers", value[1])
+        super().register_to_config(**kwargs)
