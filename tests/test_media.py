@@ -25,6 +25,7 @@ import imageio_ffmpeg
 import numpy as np
 import PIL.Image
 import pytest
+import scipy
 import soundfile
 import torch
 from safetensors.torch import load_file
@@ -89,8 +90,10 @@ def test_resample_audio_equals_the_original(name):
     assert len(expected) in lengths["out_lengths"]
     resampled = resample_audio(tensors[f"in.{name}"].T, len(expected))
     assert resampled.dtype == torch.float32
-    assert torch.equal(resampled, expected.T)
-    assert torch.equal(resample_audio(tensors[f"in.{name}"].T[None], len(expected)), expected.T[None])
+    # The original's values are those of SciPy 1.16 and later; before, its float32 arithmetic was in another order.
+    tolerance = 0.0 if tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 16) else 1e-6
+    torch.testing.assert_close(resampled, expected.T, atol=tolerance, rtol=0)
+    assert torch.equal(resample_audio(tensors[f"in.{name}"].T[None], len(expected))[0], resampled)
 
 
 def test_resample_audio_errors():

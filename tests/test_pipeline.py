@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from make_tiny_pipeline import make_tiny_pipeline, make_turbo_vae
 
 from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanFlowScheduler
-from diffusers_magihuman.media import crop_to_aspect
+from diffusers_magihuman.media import crop_to_aspect, load_audio
 from diffusers_magihuman.pipeline_magihuman import DEFAULT_NEGATIVE_PROMPT, encode_in_windows
 
 
@@ -47,6 +47,13 @@ def portrait():
 def speech():
     time = np.arange(int(0.5 * 22050)) / 22050
     return np.sin(2 * np.pi * 220 * time).astype(np.float32) * 0.3, 22050
+
+
+def encode_speech(pipe, speech, generator):
+    """The latents of the first nine frames of the sound."""
+    waveform = load_audio(speech, 51200)[:, : 9 * 2048]
+    with torch.no_grad():
+        return pipe.encode_audio(waveform, generator, torch.device("cpu"))
 
 
 class RecordedNoiseScheduler(MagiHumanFlowScheduler):
@@ -218,8 +225,7 @@ def test_modes(mode, use_wan_vae, portrait, speech):
         image_latents = pipe.encode_image([portrait.convert("RGB")], 64, 64, torch.device("cpu"))
         assert torch.equal(output.frames[:, :, :1], image_latents)
     if "audio" in mode:
-        waveforms = pipe.load_waveforms(speech, 9)
-        assert torch.equal(output.audio, pipe.encode_audio(waveforms, seeded(), torch.device("cpu")))
+        assert torch.equal(output.audio, encode_speech(pipe, speech, seeded()))
 
 
 def test_conditions_as_latents_equal_files(tiny_distilled_pipeline, portrait, speech, tmp_path):
@@ -227,7 +233,7 @@ def test_conditions_as_latents_equal_files(tiny_distilled_pipeline, portrait, sp
     portrait.save(tmp_path / "portrait.png")
     soundfile.write(tmp_path / "speech.wav", speech[0], speech[1], subtype="FLOAT")
     generator = seeded()
-    sound = pipe.encode_audio(pipe.load_waveforms(speech, 9), generator, torch.device("cpu"))
+    sound = encode_speech(pipe, speech, generator)
     image = pipe.encode_image([portrait], 64, 64, torch.device("cpu"))
     from_latents = run(pipe, image_latents=image, conditioning_audio_latents=sound, generator=generator)
     from_files = run(pipe, image=str(tmp_path / "portrait.png"), audio=tmp_path / "speech.wav")
@@ -296,6 +302,11 @@ def test_text_encoding_rounds_and_cuts(tiny_pipeline, caplog):
     diffusers.utils.logging.disable_propagation()
     assert torch.equal(cut, embeds[:, :5])  # the whole text is encoded, then cut
     assert "12 tokens; those beyond `max_sequence_length`=5 are cut off: ' there.'" in caplog.text
+
+
+def test_text_without_tokens_raises(tiny_pipeline):
+    with pytest.raises(ValueError, match="The tokenizer finds no token in the prompt ''"):
+        run(tiny_pipeline, negative_prompt="")
 
 
 def test_default_negative_prompt_covers_picture_sound_and_delivery(tiny_pipeline):
@@ -425,7 +436,10 @@ def test_bf16_pipeline_keeps_fp32_parts_and_runs(tiny_pipeline_dir):
         ({"prompt": []}, r"`prompt`=\[\] must be a non-empty string"),
         ({"prompt": None}, "Exactly one of `prompt` and `prompt_embeds` must be given, but neither is"),
         ({"prompt_embeds": torch.zeros(1, 3, 16)}, "Exactly one of `prompt` and `prompt_embeds` .* but both are"),
-        ({"negative_prompt": ["a", "b"]}, r"`negative_prompt`=\['a', 'b'\] must be a string or a list of 1 strings"),
+        (
+            {"negative_prompt": ["a", "b"]},
+            r"`negative_prompt`=\['a', 'b'\] must be a string or a list of 1 strings",
+        ),
         (
             {"prompt": None, "prompt_embeds": torch.zeros(1, 3, 15)},
             r"`prompt_embeds` has shape \(1, 3, 15\), but must have shape \(1, any, 16\)",
@@ -464,9 +478,13 @@ def test_bf16_pipeline_keeps_fp32_parts_and_runs(tiny_pipeline_dir):
         ),
         ({"image": []}, "`image` is an empty list"),
         ({"image": 3}, "`image` is a int"),
+        (
+            {"audio": [(np.zeros(n, np.float32), 51200) for n in (9000, 30000)], "num_frames": None},
+            r"`audio` lasts \[4, 14\] frames of 1/25 s; without `num_frames` it must",
+        ),
         ({"audio": np.zeros(100)}, "`audio` is a ndarray, allowed are a path or a tuple"),
         ({"audio": (np.zeros(0, np.float32), 16000)}, r"`audio` has shape \(0,\)"),
-        ({"audio": (np.zeros(10, np.float32), 51200), "num_frames": None}, "`audio` lasts less than 1/25 s"),
+        ({"audio": (np.zeros(10, np.float32), 51200), "num_frames": None}, r"`audio` lasts \[0\] frames of 1/25 s"),
     ],
 )
 def test_bad_input_raises_before_any_model_runs(arguments, message, tiny_distilled_pipeline):

@@ -17,11 +17,13 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging, replace_example_docstring
@@ -64,7 +66,8 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers import DiffusionPipeline
         >>> from diffusers_magihuman import export_to_mp4
 
-        >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=torch.bfloat16).to("cuda")
+        >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
+        >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
         >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
         >>> export_to_mp4(out.frames[0], "out.mp4", audio=out.audio[0])
         ```
@@ -84,7 +87,8 @@ def encode_in_windows(
         hop_length (`int`): Samples in a latent.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, ceil(num_samples / hop_length), latent_channels)`.
+        `torch.Tensor` of shape `(batch_size, length, latent_channels)`: `ceil(num_samples / hop_length)` latents of
+        several windows, what `encode` gives of one.
     """
     num_samples = waveform.shape[-1]
     if num_samples <= window_length:
@@ -92,7 +96,7 @@ def encode_in_windows(
 
     step = window_length // 2
     num_windows = math.ceil((num_samples - window_length) / step) + 1
-    waveform = torch.nn.functional.pad(waveform, (0, (num_windows - 1) * step + window_length - num_samples))
+    waveform = F.pad(waveform, (0, (num_windows - 1) * step + window_length - num_samples))
     merged = encode(waveform[..., :window_length])
     overlap = merged.shape[1] // 2
     position = torch.arange(overlap, device=merged.device)[:, None]
@@ -205,11 +209,8 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         audio: AudioInput | list[AudioInput] | None,
         conditioning_audio_latents: torch.Tensor | None,
         audio_latents: torch.Tensor | None,
-        num_frames: int | None,
     ) -> None:
         """Raises a `ValueError` for conditions that exclude each other or need a component that is not loaded."""
-        if num_frames is not None and (not isinstance(num_frames, int) or num_frames < 1):
-            raise ValueError(f"`num_frames`={num_frames!r} must be an integer of 1 or more.")
         sound_is_given = audio is not None or conditioning_audio_latents is not None
         for name, is_given, other, other_is_given in (
             ("image", image is not None, "image_latents", image_latents is not None),
@@ -227,7 +228,7 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None,
         images: list[PIL.Image.Image] | None,
-        waveforms: torch.Tensor | None,
+        waveforms: list[torch.Tensor] | None,
         height: int,
         width: int,
         num_frames: int,
@@ -257,15 +258,16 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         """
         multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
         for name, size in (("height", height), ("width", width)):
-            if not isinstance(size, int) or size < multiple or size % multiple:
+            if not isinstance(size, Integral) or size < multiple or size % multiple:
                 raise ValueError(f"`{name}`={size!r} must be a positive multiple of {multiple}.")
         for name, number in (
+            ("num_frames", num_frames),
             ("num_inference_steps", num_inference_steps),
             ("num_videos_per_prompt", num_videos_per_prompt),
         ):
-            if not isinstance(number, int) or number < 1:
+            if not isinstance(number, Integral) or number < 1:
                 raise ValueError(f"`{name}`={number!r} must be an integer of 1 or more.")
-        if not isinstance(max_sequence_length, int) or not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
+        if not isinstance(max_sequence_length, Integral) or not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(f"`max_sequence_length`={max_sequence_length!r} must be in 1 to {MAX_SEQUENCE_LENGTH}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
@@ -274,32 +276,26 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}, allowed are {self._callback_tensor_inputs}."
             )
+        self._check_components(prompt, negative_prompt_embeds, output_type)
 
-        num_prompts = self._check_prompts(
-            prompt,
-            negative_prompt,
-            {
-                "prompt_embeds": (prompt_embeds, prompt_embeds_mask),
-                "negative_prompt_embeds": (negative_prompt_embeds, negative_prompt_embeds_mask),
-            },
-        )
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        masks = {"prompt_embeds": prompt_embeds_mask, "negative_prompt_embeds": negative_prompt_embeds_mask}
+        num_prompts = self._check_prompts(prompt, negative_prompt, embeds, masks)
         batch_size = num_prompts * num_videos_per_prompt
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but must have {batch_size}, one for each video."
             )
 
-        channels, audio_channels = self.transformer.config.in_channels, self.transformer.config.audio_in_channels
-        frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        size = (height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
-        for name, tensor, shape in (
-            ("latents", latents, (batch_size, channels, frames, *size)),
-            ("audio_latents", audio_latents, (batch_size, num_frames, audio_channels)),
-            ("image_latents", image_latents, (None, channels, 1, *size)),
-            ("conditioning_audio_latents", conditioning_audio_latents, (None, num_frames, audio_channels)),
+        shape, audio_shape = self._latent_shapes(batch_size, num_frames, height, width)
+        for name, tensor, allowed in (
+            ("latents", latents, shape),
+            ("audio_latents", audio_latents, audio_shape),
+            ("image_latents", image_latents, (None, shape[1], 1, *shape[3:])),
+            ("conditioning_audio_latents", conditioning_audio_latents, (None, *audio_shape[1:])),
         ):
             if tensor is not None:
-                check_tensor(name, tensor, shape)
+                check_tensor(name, tensor, allowed)
         for name, items in (
             ("image", images),
             ("audio", waveforms),
@@ -311,16 +307,16 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
                     f"`{name}` has {len(items)} items, but must have 1, one for each prompt ({num_prompts}) or one for"
                     f" each video ({batch_size})."
                 )
-        self._check_components(prompt, negative_prompt_embeds, output_type)
         return num_prompts
 
     def _check_prompts(
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None,
-        embeds: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]],
+        embeds: dict[str, torch.Tensor | None],
+        masks: dict[str, torch.Tensor | None],
     ) -> int:
-        prompt_embeds, negative_prompt_embeds = embeds["prompt_embeds"][0], embeds["negative_prompt_embeds"][0]
+        prompt_embeds, negative_prompt_embeds = embeds.values()
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError(
                 "Exactly one of `prompt` and `prompt_embeds` must be given, but"
@@ -340,13 +336,14 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
                 raise ValueError(
                     f"`negative_prompt`={negative_prompt!r} must be a string or a list of {num_prompts} strings."
                 )
-        for name, (tensor, mask) in embeds.items():
+        for name, tensor in embeds.items():
             if tensor is not None:
                 check_tensor(name, tensor, (num_prompts, None, self.transformer.config.text_in_channels))
-            if mask is not None and (tensor is None or mask.shape != tensor.shape[:2]):
+            mask, size = masks[name], None if tensor is None else tuple(tensor.shape[:2])
+            if mask is not None and tuple(mask.shape) != size:
                 raise ValueError(
                     f"`{name}_mask` has shape {tuple(mask.shape)}, but must have the first two sizes of `{name}`,"
-                    f" {None if tensor is None else tuple(tensor.shape[:2])}."
+                    f" {size}."
                 )
         return num_prompts
 
@@ -428,6 +425,8 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
                     f"The prompt has {input_ids.shape[1]} tokens; those beyond `max_sequence_length`="
                     f"{max_sequence_length} are cut off: {cut!r}"
                 )
+            if input_ids.shape[1] == 0:
+                raise ValueError(f"The tokenizer finds no token in the prompt {text!r}; at least one is needed.")
             hidden_states = self.text_encoder(input_ids=input_ids).last_hidden_state[0, :max_sequence_length]
             embeds.append(hidden_states.half().float())
         lengths = torch.tensor([len(states) for states in embeds], device=device)
@@ -443,7 +442,7 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         return embeds, mask.to(device, torch.bool).repeat_interleave(num_videos_per_prompt, dim=0)
 
     @staticmethod
-    def trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cuts right padding to the longest text; the mask goes too unless texts of different lengths are mixed."""
         length = int(mask.sum(dim=1).max())
         embeds, mask = embeds[:, :length], mask[:, :length]
@@ -470,18 +469,18 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         return (latents - mean) * inverse_std
 
     def encode_audio(
-        self, waveform: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+        self, waveform: torch.Tensor, generator: torch.Generator | None, device: torch.device
     ) -> torch.Tensor:
         """
         Encodes sound in windows of 29 seconds, sampling from the autoencoder as the original does.
 
         Args:
-            waveform (`torch.Tensor` of shape `(batch_size, 2, num_samples)`): Sound at `audio_vae_sampling_rate`.
-            generator (`torch.Generator` or a list of them, *optional*): Draws the sample.
+            waveform (`torch.Tensor` of shape `(2, num_samples)`): Sound at `audio_vae_sampling_rate`.
+            generator (`torch.Generator`, *optional*): Draws the sample.
             device (`torch.device`): Where to encode.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, audio_length, channels)`: 25 latents a second, float32.
+            `torch.Tensor` of shape `(1, audio_length, channels)`: 25 latents a second, float32.
         """
 
         def encode(window: torch.Tensor) -> torch.Tensor:
@@ -489,7 +488,7 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
             return posterior.sample(generator).transpose(1, 2).float()
 
         window_length = AUDIO_WINDOW_SECONDS * self.audio_vae_sampling_rate
-        return encode_in_windows(waveform, encode, window_length, self.audio_hop_length)
+        return encode_in_windows(waveform[None], encode, window_length, self.audio_hop_length)
 
     def prepare_latents(
         self,
@@ -517,20 +516,20 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
             `tuple`: Float32 latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)`
             and of the sound `(batch_size, num_frames, audio_channels)`.
         """
-        config = self.transformer.config
-        shape = (
-            batch_size,
-            config.in_channels,
-            (num_frames - 1) // self.vae_scale_factor_temporal + 1,
-            height // self.vae_scale_factor_spatial,
-            width // self.vae_scale_factor_spatial,
-        )
-        audio_shape = (batch_size, num_frames, config.audio_in_channels)
+        shape, audio_shape = self._latent_shapes(batch_size, num_frames, height, width)
         if audio_latents is None:
             audio_latents = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32), audio_latents.to(device, torch.float32)
+
+    def _latent_shapes(
+        self, batch_size: int, num_frames: int, height: int, width: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        size = height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
+        config = self.transformer.config
+        return (batch_size, config.in_channels, frames, *size), (batch_size, num_frames, config.audio_in_channels)
 
     def predict_velocity(
         self,
@@ -582,47 +581,34 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         mean = torch.tensor(self.vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
         return mean, 1.0 / torch.tensor(self.vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
 
-    def load_waveforms(self, audio: AudioInput | list[AudioInput], num_frames: int | None) -> torch.Tensor:
-        """
-        Reads sound for the autoencoder; with `num_frames` it is cut, or padded with silence, to that many latents.
-
-        Returns:
-            `torch.Tensor` of shape `(num_items, 2, num_samples)` at `audio_vae_sampling_rate`.
-        """
-        waveforms = [
-            load_audio(item, self.audio_vae_sampling_rate) for item in (audio if isinstance(audio, list) else [audio])
-        ]
-        if num_frames is not None:
-            length = num_frames * self.audio_hop_length
-            waveforms = [
-                torch.nn.functional.pad(item[:, :length], (0, max(length - item.shape[1], 0))) for item in waveforms
-            ]
-        lengths = {item.shape[1] for item in waveforms}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"The items of `audio` have {sorted(lengths)} samples; pass `num_frames` to make them equal."
-            )
-        if max(lengths) < self.audio_hop_length:
-            raise ValueError(f"`audio` lasts less than 1/{FRAME_RATE} s; it must last at least one frame.")
-        return torch.stack(waveforms)
-
-    def default_num_frames(
-        self, waveforms: torch.Tensor | None, conditioning_audio_latents: torch.Tensor | None
-    ) -> int:
-        """The length of the given sound, or 126; an unfinished last latent counts only in sound of several windows."""
-        if conditioning_audio_latents is not None:
-            return conditioning_audio_latents.shape[1]
-        if waveforms is None:
-            return DEFAULT_NUM_FRAMES
-        num_samples = waveforms.shape[2]
+    def _num_audio_latents(self, waveform: torch.Tensor) -> int:
+        """An unfinished last latent counts only in sound of several windows, as in the original."""
+        num_samples = waveform.shape[1]
         if num_samples <= AUDIO_WINDOW_SECONDS * self.audio_vae_sampling_rate:
             return num_samples // self.audio_hop_length
         return math.ceil(num_samples / self.audio_hop_length)
 
-    @staticmethod
-    def expand_to_batch(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Repeats one item, or an item for each prompt, to one for each video; `(batch_size, ...)`."""
-        return tensor.repeat_interleave(batch_size // len(tensor), dim=0)
+    def _default_num_frames(
+        self, waveforms: list[torch.Tensor] | None, conditioning_audio_latents: torch.Tensor | None
+    ) -> int:
+        if conditioning_audio_latents is not None:
+            return conditioning_audio_latents.shape[1]
+        if waveforms is None:
+            return DEFAULT_NUM_FRAMES
+        lengths = {self._num_audio_latents(waveform) for waveform in waveforms}
+        if len(lengths) > 1 or min(lengths) < 1:
+            raise ValueError(
+                f"`audio` lasts {sorted(lengths)} frames of 1/{FRAME_RATE} s; without `num_frames` it must last one or"
+                " more, all items of a list the same."
+            )
+        return lengths.pop()
+
+    def _fit_waveform(self, waveform: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """Cuts sound, or pads it with silence, to a number of latents, unless it has just as many."""
+        if self._num_audio_latents(waveform) == num_frames:
+            return waveform
+        length = num_frames * self.audio_hop_length
+        return F.pad(waveform[:, :length], (0, max(length - waveform.shape[1], 0)))
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -723,11 +709,12 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         self._current_timestep = None
         self._interrupt = False
 
-        self.check_conditions(image, image_latents, audio, conditioning_audio_latents, audio_latents, num_frames)
+        self.check_conditions(image, image_latents, audio, conditioning_audio_latents, audio_latents)
         images = None if image is None else load_images(image)
-        waveforms = None if audio is None else self.load_waveforms(audio, num_frames)
+        sounds = audio if isinstance(audio, list) else [audio]
+        waveforms = None if audio is None else [load_audio(item, self.audio_vae_sampling_rate) for item in sounds]
         if num_frames is None:
-            num_frames = self.default_num_frames(waveforms, conditioning_audio_latents)
+            num_frames = self._default_num_frames(waveforms, conditioning_audio_latents)
         num_prompts = self.check_inputs(
             prompt,
             negative_prompt,
@@ -767,9 +754,9 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
             max_sequence_length,
             device,
         )
-        prompt_embeds, prompt_embeds_mask = self.trim_embeds(prompt_embeds, prompt_embeds_mask)
+        prompt_embeds, prompt_embeds_mask = self._trim_embeds(prompt_embeds, prompt_embeds_mask)
         if self.do_classifier_free_guidance:
-            negative_prompt_embeds, negative_prompt_embeds_mask = self.trim_embeds(
+            negative_prompt_embeds, negative_prompt_embeds_mask = self._trim_embeds(
                 negative_prompt_embeds, negative_prompt_embeds_mask
             )
 
@@ -777,13 +764,19 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         if images is not None:
             image_latents = self.encode_image(images, height, width, device)
         if image_latents is not None:
-            image_latents = self.expand_to_batch(image_latents, batch_size).to(device, torch.float32)
+            image_latents = image_latents.to(device, torch.float32)
+            image_latents = image_latents.repeat_interleave(batch_size // len(image_latents), dim=0)
         if waveforms is not None:
-            waveforms = self.expand_to_batch(waveforms, batch_size)
-            conditioning_audio_latents = self.encode_audio(waveforms, generator, device)
+            waveforms = [self._fit_waveform(waveform, num_frames) for waveform in waveforms]
+            waveforms = [waveform for waveform in waveforms for _ in range(batch_size // len(waveforms))]
+            generators = generator if isinstance(generator, list) else [generator] * batch_size
+            conditioning_audio_latents = torch.cat(
+                [self.encode_audio(*item, device) for item in zip(waveforms, generators, strict=True)]
+            )
         audio_is_given = conditioning_audio_latents is not None
         if audio_is_given:
-            audio_latents = self.expand_to_batch(conditioning_audio_latents, batch_size)
+            repeats = batch_size // len(conditioning_audio_latents)
+            audio_latents = conditioning_audio_latents.repeat_interleave(repeats, dim=0)
 
         # 4. Draw the noise
         latents, audio_latents = self.prepare_latents(
