@@ -22,7 +22,7 @@ setup(
     packages=find_packages("src"),
     python_requires=">=3.10",
     install_requires=[
-        "diffusers>=0.42.1",
+        "diffusers>=0.41",
         "transformers>=5.0",
         "torch>=2.10",
         "accelerate>=1.4",
