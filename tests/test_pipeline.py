@@ -352,6 +352,20 @@ def test_tuple_and_latents_decode_to_the_same(tiny_distilled_pipeline):
         assert np.array_equal(pipe.decode_audio(latents.audio, "np"), audio)
 
 
+@pytest.mark.parametrize("use_wan_vae", [False, True])
+@torch.no_grad()
+def test_latents_are_normalised_by_the_statistics_of_the_vae(use_wan_vae, portrait):
+    pipe = make_tiny_pipeline(use_wan_vae=use_wan_vae)
+    mean, std = (torch.tensor(pipe.vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    pixels = pipe.video_processor.preprocess(crop_to_aspect(portrait, 32, 64), 32, 64)
+    expected = (pipe.vae.encode(pixels[:, :, None]).latent_dist.mode() - mean) / std
+    latents = pipe.encode_image([portrait], 32, 64, torch.device("cpu"))
+    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
+
+    frames = (pipe.vae.decode(latents * std + mean).sample * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
+    torch.testing.assert_close(pipe.decode_latents(latents, "pt"), frames, atol=1e-5, rtol=0)
+
+
 def test_callback_changes_and_interrupts(tiny_pipeline):
     seen = []
 
