@@ -86,6 +86,13 @@ def test_conversion_splits_and_shifts_exactly(weights):
     assert torch.equal(converted["transformer_blocks.0.attn.norm_q.text.weight"], norm[32:] + 1)
 
 
+def test_norms_are_shifted_in_float32(weights):
+    name = "final_norm_video.weight"
+    weights[name] = torch.full_like(weights[name], 2**-9).bfloat16()  # lost if added to 1 in bfloat16
+    assert torch.equal(convert(weights)["video_norm_out.weight"], weights[name].float() + 1)
+    assert convert(weights)["video_norm_out.weight"][0] > 1
+
+
 def test_conversion_is_strict(weights):
     config = transformer_config_from_state_dict(weights)
     wrong = dict(weights)

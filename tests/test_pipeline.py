@@ -142,6 +142,12 @@ def test_golden_crop_and_resize():
         assert torch.equal(pixels, golden[f"out.{name}"])
 
 
+def test_crop_truncates_its_size():
+    image = PIL.Image.new("RGB", (33, 100))
+    assert crop_to_aspect(image, 48, 64).size == (33, 24)  # 24.75 rows
+    assert crop_to_aspect(image.rotate(90, expand=True), 64, 48).size == (24, 33)
+
+
 @pytest.mark.parametrize("case", ["short", "short_none", "long", "long_cut"])
 def test_golden_sound_windows(case):
     """Windows and cross-fades, around an encoder that averages 2048 samples as that of the golden data does."""

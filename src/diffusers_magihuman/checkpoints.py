@@ -85,6 +85,10 @@ TRANSFORMER_LAYER_TABLE: dict[str, tuple[str, ...]] = {
     "mlp_post_norm": ("post_norm2",),
 }
 
+SPLIT_TABLE: dict[str, tuple[str, ...]] = {
+    "attention.linear_qkv": tuple(f"attention.linear_{part}" for part in "qkvg"),
+}
+
 TURBO_VAE_WRAPPED = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv_out", "time_conv", "upsampler2d_1")
 
 ROPE_BANDS = "adapter.rope.bands"
@@ -177,8 +181,15 @@ def convert_transformer_state_dict(
     return apply_rules(state_dict, rules)
 
 
-def transformer_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rule of every canonical tensor except the rotary frequencies, which the model computes."""
+def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict[str, Rule]:
+    """
+    The rule of every tensor of a transformer except the rotary frequencies, which the model computes.
+
+    Args:
+        config (`Mapping`): Config of [`MagiHumanTransformer3DModel`].
+        is_split (`bool`, defaults to `False`): Whether every linear of every modality has a name of its own, as in
+            single files of some tools, instead of the canonical stacked ones. Norms are stacked in both.
+    """
     ours = {
         name: tensor.shape for name, tensor in meta_model(MagiHumanTransformer3DModel, config).state_dict().items()
     }
@@ -190,15 +201,21 @@ def transformer_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
                 rules[f"{source}.{kind}"] = Rule({f"{target}.{kind}": ours[f"{target}.{kind}"]}, transform)
 
     for layer in range(config["num_layers"]):
-        use_gelu = layer in config["gelu_layers"]
         experts = [f".{expert}" for expert in EXPERTS] if layer in config["modality_layers"] else [""]
         for source, targets in TRANSFORMER_LAYER_TABLE.items():
-            names = [f"transformer_blocks.{layer}.{target}{e}.weight" for e in experts for target in targets]
+            names = {
+                f"transformer_blocks.{layer}.{target}{expert}.weight": f"{part}{expert.replace('.', '_')}"
+                for expert in experts
+                for target, part in zip(targets, SPLIT_TABLE.get(source, (source,)), strict=True)
+            }
             shapes = {name: ours[name] for name in names if name in ours}
-            if shapes:
-                transform = add_one if "norm" in source else None
-                if source == "mlp.up_gate_proj" and not use_gelu:
-                    transform = deinterleave
+            transform = add_one if "norm" in source else None
+            if source == "mlp.up_gate_proj" and layer not in config["gelu_layers"]:
+                transform = deinterleave
+            if is_split and "norm" not in source:
+                for name, shape in shapes.items():
+                    rules[f"block.layers.{layer}.{names[name]}.weight"] = Rule({name: shape}, transform)
+            elif shapes:
                 rules[f"block.layers.{layer}.{source}.weight"] = Rule(shapes, transform)
     return rules
 
