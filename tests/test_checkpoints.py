@@ -114,5 +114,8 @@ def test_other_rotary_frequencies_raise(weights):
 
 
 def test_foreign_state_dict_raises():
-    with pytest.raises(ValueError, match=r"not a MagiHuman transformer .* it lacks \['adapter.video_embedder.weight'"):
+    with pytest.raises(
+        ValueError,
+        match=r"not a MagiHuman transformer with the original's names, it lacks \['adapter.video_embedder.weight'",
+    ):
         transformer_config_from_state_dict({"model.diffusion_model.x": torch.zeros(1)})

@@ -23,7 +23,7 @@ import sys, diffusers
 before = set(dir(diffusers)) | set(vars(diffusers))
 import diffusers_magihuman
 print(*sorted((set(dir(diffusers)) | set(vars(diffusers))) - before))
-print(*(name for name in ("cli", "checkpoints", "training") if f"diffusers_magihuman.{name}" in sys.modules))
+print(*(name for name in ("cli", "hub", "training") if f"diffusers_magihuman.{name}" in sys.modules))
 from diffusers import MagiHumanTransformer3DModel
 assert MagiHumanTransformer3DModel is diffusers_magihuman.MagiHumanTransformer3DModel
 """

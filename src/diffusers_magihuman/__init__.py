@@ -18,6 +18,7 @@ Importing this package registers its classes on `diffusers`, so that `DiffusionP
 
 import diffusers
 
+from . import checkpoints  # noqa: F401 (registers the layouts for `from_single_file`)
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .media import export_to_mp4, load_audio
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline

@@ -174,6 +174,37 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         self.audio_vae_sampling_rate = self.audio_hop_length * FRAME_RATE
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
+    @classmethod
+    def from_original(
+        cls,
+        path_or_repo: str = "GAIR/daVinci-MagiHuman",
+        variant: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **kwargs: Any,
+    ) -> "MagiHumanAudioVideoPipeline":
+        """
+        Puts the pipeline together from the original's repositories, or local copies, as they are published.
+
+        Args:
+            path_or_repo (`str`): Directory, file or repository of the transformer in any published layout.
+            variant (`str`, *optional*): `"base"` or `"distill"`, guessed from the path when it names just one.
+            dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the float32 parts.
+            kwargs: `subfolder`, `text_encoder`, `audio_vae`, `video_vae`, `turbo_vae` and arguments of the downloads,
+                see [`~checkpoints.load_original_components`].
+
+        Raises:
+            `ValueError`: The variant is not one of this pipeline, cannot be guessed, or tensors do not fit.
+            `OSError`: A repository is missing, or gated: it is named with the page where access is granted.
+        """
+        # Absolute and here: the file that repositories carry for users without the package cannot convert.
+        from diffusers_magihuman.checkpoints import guess_variant, load_original_components
+
+        variant = variant or guess_variant(path_or_repo, kwargs.get("subfolder"))
+        if variant not in ("base", "distill"):
+            raise ValueError(f"`variant`={variant!r} must be 'base' or 'distill'.")
+        components = load_original_components(path_or_repo, variant, dtype, **kwargs)
+        return cls(**components, is_distilled=variant == "distill")
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale

@@ -31,7 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -430,7 +432,9 @@ TransformerBlockRegistry.register(
 )
 
 
-class MagiHumanTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class MagiHumanTransformer3DModel(
+    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):
     r"""
     The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the flow
     velocity of video and audio latents together, from their noisy latents and a text.
@@ -540,6 +544,39 @@ class MagiHumanTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         self.audio_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
         self.video_proj_out = nn.Linear(hidden_size, video_token_size, bias=False)
         self.audio_proj_out = nn.Linear(hidden_size, audio_in_channels, bias=False)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | dict[str, torch.Tensor],
+        variant: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **kwargs: Any,
+    ) -> "MagiHumanTransformer3DModel":
+        """
+        Loads a checkpoint with the original's names, in any of its layouts, out of one file.
+
+        Args:
+            pretrained_model_link_or_path_or_dict (`str` or `dict`): Path, link to the Hub, or tensors by name.
+            variant (`str`, *optional*):
+                `"base"`, `"distill"`, `"sr_540p"` or `"sr_1080p"`, guessed from the path when it names just one.
+            dtype (`torch.dtype`, defaults to `torch.bfloat16`):
+                What the linears compute in; norms, embedders and heads are float32 whatever the file holds.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like of the download.
+
+        Raises:
+            `ValueError`: The variant cannot be guessed, or tensors do not fit.
+        """
+        # The base class would cast everything to `dtype` after loading, the float32 parts with the rest.
+        checkpoint, path = pretrained_model_link_or_path_or_dict, ""
+        if not isinstance(checkpoint, dict):
+            checkpoint, path = load_single_file_checkpoint(str(checkpoint), **kwargs), str(checkpoint)
+        layout = SINGLE_FILE_LOADABLE_CLASSES["MagiHumanTransformer3DModel"]
+        config = layout["config_mapping_fn"]({"path": path}, checkpoint, variant)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        model.load_state_dict(layout["checkpoint_mapping_fn"](checkpoint, config, dtype), assign=True)
+        return model.eval()
 
     @apply_lora_scale("attention_kwargs")
     def forward(
