@@ -33,9 +33,6 @@ from diffusers_magihuman import (
 )
 
 
-LATENT_STATISTICS = {"latents_mean": [0.1, -0.2] * 4, "latents_std": [0.8, 1.2] * 4}
-
-
 def make_text_encoder(hidden_size: int) -> tuple[GemmaTokenizer, T5GemmaEncoderModel]:
     vocab = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", "\n", *string.ascii_letters, *string.digits, *string.punctuation]
     tokenizer = GemmaTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[])
@@ -55,22 +52,23 @@ def make_text_encoder(hidden_size: int) -> tuple[GemmaTokenizer, T5GemmaEncoderM
     return tokenizer, T5GemmaEncoderModel(config).eval()
 
 
-def make_turbo_vae() -> AutoencoderKLMagiHumanTurbo:
+def make_turbo_vae(latent_channels: int = 8, encoder_base_dim: int | None = 4) -> AutoencoderKLMagiHumanTurbo:
     return AutoencoderKLMagiHumanTurbo(
-        latent_channels=8,
+        latent_channels=latent_channels,
         decoder_block_out_channels=(4, 4, 8, 8),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
-        encoder_base_dim=4,
+        encoder_base_dim=encoder_base_dim,
         encoder_dim_mult=(1, 1, 1, 1),
         encoder_num_res_blocks=1,
-        **LATENT_STATISTICS,
+        latents_mean=[0.1, -0.2] * (latent_channels // 2),
+        latents_std=[0.8, 1.2] * (latent_channels // 2),
     ).eval()
 
 
-def make_wan_vae() -> AutoencoderKLWan:
+def make_wan_vae(z_dim: int = 8) -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=4,
-        z_dim=8,
+        z_dim=z_dim,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
@@ -80,7 +78,8 @@ def make_wan_vae() -> AutoencoderKLWan:
         patch_size=2,
         scale_factor_spatial=16,
         scale_factor_temporal=4,
-        **LATENT_STATISTICS,
+        latents_mean=[0.1, -0.2] * (z_dim // 2),
+        latents_std=[0.8, 1.2] * (z_dim // 2),
     ).eval()
 
 

@@ -5,7 +5,11 @@ import re
 
 import torch
 from conftest import load_golden_weights
+from make_tiny_pipeline import make_audio_vae, make_text_encoder, make_turbo_vae, make_wan_vae
 from safetensors.torch import save_file
+from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
+
+from diffusers_magihuman.checkpoints import turbo_vae_rules
 
 
 def is_linear(name):
@@ -110,3 +114,44 @@ def write_repositories(root):
     write_file(split(sr), root / "DeepBeepMeep" / "MagiHuman" / "magi_human_sr1080_bf16.safetensors")
     write_file(all_bf16(base), root / "smthem" / "MagiHuman" / "distill-merger_bf16.safetensors")
     write_file(all_bf16(sr), root / "smthem" / "MagiHuman" / "540p_sr_merge_bf16.safetensors")
+
+
+def write_turbo_vae(weights, config, folder, prefix="module.decoder."):
+    """The pickle and the json beside it, which also has keys of its training."""
+    folder.mkdir(parents=True)
+    state_dict = {prefix + name.removeprefix("decoder."): tensor for name, tensor in weights.items()}
+    torch.save({"ema_state_dict": state_dict, "step": 340000}, folder / "checkpoint-340000.ckpt")
+    training = {"aligned_feature_projection_mode": "conv", "aligned_blks_indices": [1]}
+    (folder / "TurboV3-Wan22-TinyShallow_7_7.json").write_text(json.dumps({**config, **training}))
+
+
+def write_external_repositories(root):
+    """T5Gemma with its decoder in shards of its own, and the two autoencoders, in the folders of their repositories."""
+    tokenizer, encoder = make_text_encoder(hidden_size=24)
+    folder = root / "google" / "t5gemma-9b-9b-ul2"
+    config = T5GemmaConfig(encoder=encoder.config.encoder, decoder=encoder.config.encoder, vocab_size=len(tokenizer))
+    model = T5GemmaForConditionalGeneration(config)
+    model.model.encoder.load_state_dict(encoder.encoder.state_dict())
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight_map = {}
+    for number, part in enumerate(("encoder", "decoder"), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        shard = {name: tensor for name, tensor in state_dict.items() if name.startswith(f"model.{part}.")}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    make_audio_vae().save_pretrained(root / "stabilityai" / "stable-audio-open-1.0" / "vae")
+    wan = make_wan_vae(z_dim=4)
+    wan.save_pretrained(root / "Wan-AI" / "Wan2.2-TI2V-5B-Diffusers" / "vae")
+    turbo = make_turbo_vae(latent_channels=4, encoder_base_dim=None)
+    weights = {
+        source: turbo.state_dict()[next(iter(rule.targets))] for source, rule in turbo_vae_rules(turbo.config).items()
+    }
+    config = {
+        name: turbo.config[name]
+        for name in ("latent_channels", "decoder_block_out_channels", "decoder_layers_per_block")
+    }
+    write_turbo_vae(weights, config, root / "GAIR" / "daVinci-MagiHuman" / "turbo_vae")
