@@ -126,7 +126,7 @@ def write_turbo_vae(weights, config, folder, prefix="module.decoder."):
 
 
 def write_external_repositories(root):
-    """T5Gemma with its decoder in shards of its own, and the two autoencoders, in the folders of their repositories."""
+    """T5Gemma with its decoder in a shard of its own, and the autoencoders, in the folders of their repositories."""
     tokenizer, encoder = make_text_encoder(hidden_size=24)
     folder = root / "google" / "t5gemma-9b-9b-ul2"
     config = T5GemmaConfig(encoder=encoder.config.encoder, decoder=encoder.config.encoder, vocab_size=len(tokenizer))
@@ -141,17 +141,14 @@ def write_external_repositories(root):
         shard = {name: tensor for name, tensor in state_dict.items() if name.startswith(f"model.{part}.")}
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     make_audio_vae().save_pretrained(root / "stabilityai" / "stable-audio-open-1.0" / "vae")
     wan = make_wan_vae(z_dim=4)
     wan.save_pretrained(root / "Wan-AI" / "Wan2.2-TI2V-5B-Diffusers" / "vae")
     turbo = make_turbo_vae(latent_channels=4, encoder_base_dim=None)
-    weights = {
-        source: turbo.state_dict()[next(iter(rule.targets))] for source, rule in turbo_vae_rules(turbo.config).items()
-    }
-    config = {
-        name: turbo.config[name]
-        for name in ("latent_channels", "decoder_block_out_channels", "decoder_layers_per_block")
-    }
+    state_dict, rules = turbo.state_dict(), turbo_vae_rules(turbo.config)
+    weights = {source: state_dict[next(iter(rule.targets))] for source, rule in rules.items()}
+    keys = ("latent_channels", "decoder_block_out_channels", "decoder_layers_per_block")
+    config = {name: turbo.config[name] for name in keys}
     write_turbo_vae(weights, config, root / "GAIR" / "daVinci-MagiHuman" / "turbo_vae")

@@ -1,4 +1,4 @@
-"""Pipelines put together from the original's repositories: other parts than the transformer, and all of them at once."""
+"""Pipelines put together from the original's repositories: the parts beside the transformer, and all at once."""
 
 import os
 import pickle
