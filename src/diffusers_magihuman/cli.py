@@ -16,11 +16,15 @@
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
 
+from .checkpoints import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VARIANTS, VIDEO_VAE, convert_checkpoint
+from .hub import CARD_VARIANTS, make_model_card, write_file
 from .media import check_mp4_path, export_to_mp4, load_images, read_audio
 from .pipeline_magihuman import FRAME_RATE, MagiHumanAudioVideoPipeline
 
@@ -91,7 +95,34 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on the cpu float32"
     )
     generate.set_defaults(run=run_generate)
+    add_convert(commands)
+
+    card = commands.add_parser("card", help="write the model card of a published variant")
+    card.add_argument("variant", choices=CARD_VARIANTS)
+    card.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
+    card.set_defaults(run=run_card)
     return parser
+
+
+def add_convert(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    convert = commands.add_parser("convert", help="convert a published checkpoint to a Diffusers repository")
+    convert.add_argument("source", metavar="SOURCE", help="file, directory, or repository on the Hub, in any layout")
+    convert.add_argument("output", metavar="OUTPUT", help="directory to write; must not exist")
+    convert.add_argument("--variant", choices=VARIANTS, help="default: guessed from SOURCE")
+    convert.add_argument("--subfolder", help="directory or file within SOURCE; default: that of the variant")
+    convert.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    convert.add_argument("--max-shard-size", default="5GB", help="default: %(default)s; bounds the memory too")
+    for option, name, default in (
+        ("--with-text-encoder", "T5Gemma", TEXT_ENCODER),
+        ("--with-vaes", "the Wan 2.2 VAE, whose encoder the Turbo VAE takes", VIDEO_VAE),
+    ):
+        convert.add_argument(
+            option, nargs="?", const=default, metavar="DIR_OR_REPO", help=f"include it; {name}, default: {default}"
+        )
+    convert.add_argument("--turbo-vae", default=ORIGINAL, metavar="DIR_OR_REPO", help="default: %(default)s")
+    convert.add_argument("--audio-vae", default=AUDIO_VAE, metavar="DIR_OR_REPO", help="default: %(default)s")
+    convert.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the directory when it is complete")
+    convert.set_defaults(run=run_convert)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -122,6 +153,34 @@ def run_generate(arguments: argparse.Namespace) -> None:
             output.frames[0], arguments.output, audio=output.audio[0], sampling_rate=pipe.audio_sampling_rate
         )
     )
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    path = convert_checkpoint(
+        arguments.source,
+        arguments.output,
+        variant=arguments.variant,
+        subfolder=arguments.subfolder,
+        dtype=getattr(torch, arguments.dtype),
+        max_shard_size=arguments.max_shard_size,
+        text_encoder=arguments.with_text_encoder,
+        video_vae=arguments.with_vaes,
+        turbo_vae=arguments.turbo_vae if arguments.with_vaes else None,
+        audio_vae=arguments.audio_vae if arguments.with_vaes else None,
+    )
+    print(path)
+    if arguments.push_to_hub is not None:
+        repo = HfApi().create_repo(arguments.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(repo_id=arguments.push_to_hub, folder_path=path)
+        print(repo)
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    card = make_model_card(arguments.variant)
+    if arguments.output is None:
+        print(card, end="")
+    else:
+        write_file(Path(arguments.output), card)
 
 
 def load_pipeline(model: str, device: torch.device | None, dtype: str | None) -> MagiHumanAudioVideoPipeline:
