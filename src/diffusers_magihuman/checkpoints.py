@@ -492,15 +492,17 @@ def fetch(source: str | os.PathLike[str], patterns: list[str], **hub_kwargs: Any
 
 def fetch_transformer(source: str | os.PathLike[str], subfolder: str | None, variant: str, **hub_kwargs: Any) -> Path:
     """Finds the transformer's files; `subfolder` is a directory or file of the source, or follows from the variant."""
-    names = ["sr_transformer", "transformer"] if variant.startswith("sr") else ["transformer"]
+    is_sr = variant.startswith("sr")
+    names, other = (["sr_transformer", "transformer"], "transformer") if is_sr else (["transformer"], "sr_transformer")
+    hub_kwargs["ignore_patterns"] = f"*/{other}/*"
     folders = [subfolder] if subfolder else [variant, VARIANT_FOLDERS[variant]]
-    inside = [f"{folder}/{name}" for folder in folders for name in ("", *(f"{name}/" for name in names))]
     kinds = ["*.safetensors", "*.json"]
-    patterns = [f"{folder}{kind}" for folder in inside for kind in kinds] + ([subfolder] if subfolder else kinds)
-    root = fetch(source, patterns, **hub_kwargs)
+    root = fetch(source, [f"{folder}/{kind}" for folder in folders for kind in kinds] + folders, **hub_kwargs)
     if subfolder and not (root / subfolder).exists():
         raise OSError(f"{os.fspath(source)!r} has no {subfolder!r}.")
-    found = next((root / folder for folder in folders if (root / folder).exists()), root)
+    found = next((root / folder for folder in folders if (root / folder).exists()), None)
+    if found is None:  # the whole repository, or the whole directory, is the transformer
+        found = fetch(source, kinds, **hub_kwargs)
     return next((found / name for name in names if (found / name).is_dir()), found)
 
 
@@ -647,8 +649,8 @@ def load_original_turbo_vae(
         kept = ("encoder.", "quant_conv.")
         state_dict |= {name: tensor for name, tensor in wan.state_dict().items() if name.startswith(kept)}
     model = meta_model(AutoencoderKLMagiHumanTurbo, config)
-    model.load_state_dict(state_dict, assign=True)
-    return model.to(dtype).eval()
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
+    return model.eval()
 
 
 def vae_subfolder(source: str | os.PathLike[str]) -> str | None:
