@@ -368,6 +368,12 @@ def test_load_audio_averages_more_than_two_channels():
     assert np.allclose(loaded.numpy(), surround.mean(axis=0), atol=1e-7)
 
 
+def test_load_audio_takes_a_waveform_alone_as_it_is():
+    sine = make_sine()
+    for waveform in (sine, torch.from_numpy(sine)):
+        assert torch.equal(load_audio(waveform, 51200), load_audio((waveform, 51200), 51200))
+
+
 def test_load_audio_scales_int16():
     values = np.array([-32768, -1, 0, 16384], np.int16)
     expected = np.array([-1, -(2**-15), 0, 0.5], np.float32)
@@ -389,8 +395,7 @@ def test_load_audio_resamples(num_samples):
 @pytest.mark.parametrize(
     ("audio", "sampling_rate", "message"),
     [
-        (np.zeros(9), 16000, r"`audio` is a ndarray, allowed are a path or a tuple \(waveform, rate\)"),
-        (torch.zeros(9), 16000, r"`audio` is a Tensor, allowed are a path or a tuple \(waveform, rate\)"),
+        ([0.0] * 9, 16000, r"`audio` is a list, allowed are a path or a tuple \(waveform, rate\)"),
         ((np.zeros(9), 0), 16000, "rate of `audio` is 0, it must be a positive integer"),
         ((np.zeros(9), 22050.5), 16000, "rate of `audio` is 22050.5, it must be a positive integer"),
         ((16000, np.zeros(9)), 16000, "rate of `audio` is array"),

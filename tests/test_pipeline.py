@@ -392,6 +392,15 @@ def test_callback_changes_and_interrupts(tiny_pipeline):
     assert tiny_pipeline.num_timesteps == 4 and tiny_pipeline.current_timestep is None
 
 
+def test_guidance_that_a_callback_turns_on_needs_negative_embeddings(tiny_distilled_pipeline):
+    def callback(pipe, _step, _timestep, tensors):
+        pipe._guidance_scale += 3.0
+        return tensors
+
+    # Without any there is nothing to guide away from, so the run goes on without guidance.
+    assert_same(run(tiny_distilled_pipeline, callback_on_step_end=callback), run(tiny_distilled_pipeline))
+
+
 def test_components_are_not_changed_by_a_call(tiny_pipeline):
     before = dict(tiny_pipeline.scheduler.__dict__)
     latents = torch.randn(1, 8, 3, 4, 4)
@@ -502,7 +511,7 @@ def test_bf16_pipeline_keeps_fp32_parts_and_runs(tiny_pipeline_dir):
             {"audio": [(np.zeros(n, np.float32), 51200) for n in (9000, 30000)], "num_frames": None},
             r"`audio` lasts \[4, 14\] frames of 1/25 s; without `num_frames` it must",
         ),
-        ({"audio": np.zeros(100)}, "`audio` is a ndarray, allowed are a path or a tuple"),
+        ({"audio": np.zeros(100)}, "`audio` is a waveform without its rate; it must be a tuple"),
         ({"audio": (np.zeros(0, np.float32), 16000)}, r"`audio` has shape \(0,\)"),
         ({"audio": (np.zeros(10, np.float32), 51200), "num_frames": None}, r"`audio` lasts \[0\] frames of 1/25 s"),
     ],

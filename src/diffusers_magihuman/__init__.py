@@ -20,6 +20,7 @@ import diffusers
 
 from . import checkpoints  # noqa: F401 (registers the layouts for `from_single_file`)
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .lora import MagiHumanLoraLoaderMixin
 from .media import export_to_mp4, load_audio
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
 from .pipeline_output import MagiHumanPipelineOutput
@@ -33,6 +34,7 @@ __all__ = [
     "AutoencoderKLMagiHumanTurbo",
     "MagiHumanAudioVideoPipeline",
     "MagiHumanFlowScheduler",
+    "MagiHumanLoraLoaderMixin",
     "MagiHumanPipelineOutput",
     "MagiHumanTransformer3DModel",
     "export_to_mp4",

@@ -221,7 +221,7 @@ def crop_to_aspect(image: PIL.Image.Image, height: int, width: int) -> PIL.Image
     return image.crop((left, top, left + box_width, top + box_height))
 
 
-def load_audio(audio: AudioInput, sampling_rate: int) -> torch.Tensor:
+def load_audio(audio: AudioInput | np.ndarray | torch.Tensor, sampling_rate: int) -> torch.Tensor:
     """
     Reads audio as stereo at a given rate.
 
@@ -231,7 +231,8 @@ def load_audio(audio: AudioInput, sampling_rate: int) -> torch.Tensor:
 
     Args:
         audio: Path of an audio file, or of a video file whose first audio stream is taken; or `(waveform, rate)` with
-            a waveform `(num_samples,)` or `(channels, num_samples)` that is float in about [-1, 1] or int16.
+            a waveform `(num_samples,)` or `(channels, num_samples)` that is float in about [-1, 1] or int16. A
+            waveform alone is one at `sampling_rate` already.
         sampling_rate: Samples per second of the result.
 
     Returns:
@@ -246,6 +247,8 @@ def load_audio(audio: AudioInput, sampling_rate: int) -> torch.Tensor:
         waveform, rate = read_audio(audio)
     elif isinstance(audio, tuple) and len(audio) == 2:
         waveform, rate = _to_numpy(audio[0]), audio[1]
+    elif isinstance(audio, np.ndarray | torch.Tensor):
+        waveform, rate = _to_numpy(audio), sampling_rate
     else:
         raise ValueError(f"`audio` is a {type(audio).__name__}, allowed are a path or a tuple (waveform, rate).")
     for name, value in (("rate of `audio`", rate), ("`sampling_rate`", sampling_rate)):

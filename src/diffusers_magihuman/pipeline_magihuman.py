@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .lora import MagiHumanLoraLoaderMixin
 from .media import AudioInput, ImageInput, crop_to_aspect, load_audio, load_images, resample_audio
 from .pipeline_output import MagiHumanPipelineOutput, RegisteredComponentsMixin
 from .transformer_magihuman import MagiHumanTransformer3DModel
@@ -118,7 +119,7 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...])
         raise ValueError(f"`{name}` holds NaN or infinite values; all of them must be finite.")
 
 
-class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
+class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline, MagiHumanLoraLoaderMixin):
     r"""
     Pipeline of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): text to video with sound, optionally
     from a first frame, a given sound, or both.
@@ -250,6 +251,11 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
         ):
             if is_given and other_is_given:
                 raise ValueError(f"At most one of `{name}` and `{other}` may be given.")
+        for item in audio if isinstance(audio, list) else [audio]:
+            if isinstance(item, (np.ndarray, torch.Tensor)):
+                raise ValueError(
+                    "`audio` is a waveform without its rate; it must be a tuple (waveform, sampling_rate)."
+                )
         for name, condition, component in (("image", image, "vae"), ("audio", audio, "audio_vae")):
             if condition is not None and getattr(self, component) is None:
                 raise ValueError(f"`{name}` needs `{component}`, which the pipeline was loaded without.")
@@ -835,13 +841,12 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline):
                 scale = self.guidance_scale
                 if t <= 0.5 * scheduler.config.num_train_timesteps:
                     scale = min(2.0, scale) if low_noise_guidance_scale is None else low_noise_guidance_scale
+                guided = self.do_classifier_free_guidance and negative_prompt_embeds is not None
                 velocity, audio_velocity = self.predict_velocity(
                     latents,
                     audio_latents,
                     (prompt_embeds, prompt_embeds_mask),
-                    (negative_prompt_embeds, negative_prompt_embeds_mask)
-                    if self.do_classifier_free_guidance
-                    else None,
+                    (negative_prompt_embeds, negative_prompt_embeds_mask) if guided else None,
                     scale,
                     self.audio_guidance_scale,
                 )

@@ -1,0 +1,425 @@
+"""LoRAs on the original's names against the same change of the original's weights, before they are converted."""
+
+import re
+
+import pytest
+import torch
+from conftest import load_golden_weights
+from layouts import split
+from safetensors.torch import save_file
+
+from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanFlowScheduler, MagiHumanTransformer3DModel
+from diffusers_magihuman.checkpoints import convert_transformer_state_dict, transformer_config_from_state_dict
+from diffusers_magihuman.lora import convert_lora_state_dict
+
+
+peft = pytest.importorskip("peft")
+
+LAYOUTS = ("canonical", "split")
+MODALITY_QKV = "block.layers.0.attention.linear_qkv"
+SHARED_UP_GATE = "block.layers.2.mlp.up_gate_proj"
+
+
+def load_weights(layout="canonical"):
+    weights = load_golden_weights("dit_sr")
+    weights = split(weights) if layout == "split" else weights
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def linears(weights):
+    names = [name.removesuffix(".weight") for name, tensor in weights.items() if tensor.ndim == 2]
+    return {name: weights[f"{name}.weight"] for name in names}
+
+
+def make_pipeline(weights):
+    config = transformer_config_from_state_dict(weights)
+    transformer = MagiHumanTransformer3DModel(**config).eval()
+    transformer.load_state_dict(convert_transformer_state_dict(weights, config))
+    return MagiHumanAudioVideoPipeline(None, None, transformer, MagiHumanFlowScheduler(), None, None)
+
+
+@torch.no_grad()
+def predict(pipe, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 2, 4, 4), (1, 5, 8), (1, 3, 24)
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    return torch.cat([output.flatten() for output in pipe.transformer(*inputs, return_dict=False, **kwargs)])
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def is_changed(actual, expected):
+    return (actual - expected).abs().max() > 1e-3
+
+
+def make_lora(modules, down="lora_A", up="lora_B", alphas=True):
+    """Random factors with another rank and alpha for every module, and the change of weights that they make."""
+    lora, changes = {}, {}
+    for number, (name, weight) in enumerate(modules.items()):
+        rank, alpha = 2 + number % 3, 1.0 + 0.7 * (number % 4)
+        factors = torch.randn(rank, weight.shape[1]) * 0.05, torch.randn(weight.shape[0], rank) * 0.3
+        lora[f"{name}.{down}.weight"], lora[f"{name}.{up}.weight"] = factors
+        changes[name] = factors[1] @ factors[0]
+        if alphas:
+            lora[f"{name}.alpha"] = torch.tensor(alpha)
+            changes[name] *= alpha / rank
+    return lora, changes
+
+
+def add_changes(weights, changes):
+    return weights | {f"{name}.weight": weights[f"{name}.weight"] + change for name, change in changes.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("down", "up", "alphas"), [("lora_A", "lora_B", False), ("lora_down", "lora_up", True)])
+def test_factors(layout, down, up, alphas):
+    weights = load_weights(layout)
+    pipe = make_pipeline(weights)
+    plain = predict(pipe)
+    lora, changes = make_lora(linears(weights), down, up, alphas)
+    pipe.load_lora_weights(lora)
+    output = predict(pipe)
+    assert is_changed(output, plain)
+    assert_close(output, predict(make_pipeline(add_changes(weights, changes))))
+
+
+@pytest.mark.parametrize("module", [MODALITY_QKV, SHARED_UP_GATE, "adapter.text_embedder", "final_linear_audio"])
+def test_factors_of_one_module(module):
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    plain = predict(pipe)
+    lora, changes = make_lora({module: weights[f"{module}.weight"]})
+    pipe.load_lora_weights(lora)
+    assert is_changed(predict(pipe), plain)
+    assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, changes))))
+
+
+def test_split_is_exact():
+    """Whole numbers multiply without rounding, so here equal means equal."""
+    weights = load_weights()
+    config = transformer_config_from_state_dict(weights)
+    factors = torch.randint(-8, 8, (3, 64)).float(), torch.randint(-8, 8, (396, 3)).float()
+    names = (f"{MODALITY_QKV}.lora_A.weight", f"{MODALITY_QKV}.lora_B.weight")
+    lora, lora_config = convert_lora_state_dict(dict(zip(names, factors, strict=True)), config)
+    expected = convert_transformer_state_dict(weights | {f"{MODALITY_QKV}.weight": factors[1] @ factors[0]}, config)
+    targets = lora_config["transformer.target_modules"]
+    assert len(targets) == 12
+    for target in targets:
+        change = lora[f"transformer.{target}.lora_B.weight"] @ lora[f"transformer.{target}.lora_A.weight"]
+        assert torch.equal(change, expected[f"{target}.weight"])
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dora(layout, shape):
+    weights = load_weights(layout)
+    lora, changes = make_lora(linears(weights), "lora_down", "lora_up")
+    for name, change in changes.items():
+        weight = weights[f"{name}.weight"]
+        magnitude = weight.norm(dim=1) * (1 + 0.2 * torch.rand(len(weight)))
+        lora[f"{name}.dora_scale"] = magnitude.reshape(shape)
+        changed = weight + change
+        changes[name] = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True) - weight
+    pipe = make_pipeline(weights)
+    pipe.load_lora_weights(lora)
+    assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, changes))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_rank_and_bias(layout):
+    """As tools extract LoRAs from a finetuned model: also zeros for norms that did not change."""
+    weights = load_weights(layout)
+    changes = {name: torch.randn_like(weight) * 0.02 for name, weight in linears(weights).items()}
+    biases = {name: torch.randn_like(tensor) for name, tensor in weights.items() if name.endswith(".bias")}
+    lora = {f"{name}.diff": change for name, change in changes.items()}
+    lora |= {name.replace(".bias", ".diff_b"): change for name, change in biases.items()}
+    lora |= {name.replace(".weight", ".diff"): torch.zeros_like(weights[name]) for name in weights if "norm" in name}
+    pipe = make_pipeline(weights)
+    pipe.load_lora_weights(lora)
+    expected = add_changes(weights, changes) | {name: weights[name] + change for name, change in biases.items()}
+    expected = predict(make_pipeline(expected))
+    assert_close(predict(pipe), expected)
+    pipe.fuse_lora()
+    assert_close(predict(pipe), expected)
+
+
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_bias_is_not_scaled_by_alpha(with_factors):
+    weights = load_weights()
+    module = "adapter.audio_embedder"
+    lora, changes = make_lora(linears(weights) if with_factors else {})
+    lora[f"{module}.diff_b"] = torch.randn(64)
+    expected = add_changes(weights, changes) | {f"{module}.bias": weights[f"{module}.bias"] + lora[f"{module}.diff_b"]}
+    pipe = make_pipeline(weights)
+    pipe.load_lora_weights(lora)
+    assert_close(predict(pipe), predict(make_pipeline(expected)))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["transformer.", "diffusion_model.", "model.diffusion_model.", "model.", "base_model.model.", "lora_unet_"],
+)
+def test_prefixes(prefix):
+    weights = load_weights()
+    config = transformer_config_from_state_dict(weights)
+    lora, _ = make_lora(linears(weights), "lora_down", "lora_up")
+    expected, expected_config = convert_lora_state_dict(lora, config)
+    for names in (lora, expected):
+        prefixed = {}
+        for name, tensor in names.items():
+            module, suffix = re.fullmatch(r"(?:transformer\.)?(.*?)(\.lora_.*|\.alpha)", name).groups()
+            module = module.replace(".", "_") if prefix == "lora_unet_" else module
+            prefixed[f"{prefix}{module}{suffix}"] = tensor
+        actual, actual_config = convert_lora_state_dict(prefixed, config)
+        assert_same_tensors(actual, expected)
+    assert actual_config["transformer.rank_pattern"] == expected_config["transformer.rank_pattern"]
+
+
+def test_warns_of_an_alpha_that_is_not_read(caplog):
+    weights = load_weights()
+    lora, _ = make_lora({SHARED_UP_GATE: weights[f"{SHARED_UP_GATE}.weight"]}, alphas=False)
+    with caplog.at_level("WARNING"):
+        make_pipeline(weights).load_lora_weights({f"base_model.model.{name}": value for name, value in lora.items()})
+    assert "adapter_config.json" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["factors", "dora", "bias"])
+@pytest.mark.parametrize("save", ["adapter", "pipeline"])
+def test_diffusers_round_trip(tmp_path, kind, save):
+    weights = load_weights()
+    lora, _ = make_lora(linears(weights))
+    if kind == "dora":
+        lora |= {f"{name}.dora_scale": weight.norm(dim=1) for name, weight in linears(weights).items()}
+    elif kind == "bias":
+        lora["adapter.video_embedder.diff_b"] = torch.randn(64)
+    pipe = make_pipeline(weights)
+    pipe.load_lora_weights(lora, adapter_name="style")
+    tensors = peft.get_peft_model_state_dict(pipe.transformer, adapter_name="style")
+    if save == "adapter":
+        pipe.transformer.save_lora_adapter(tmp_path, "style")
+    else:
+        metadata = pipe.transformer.peft_config["style"].to_dict()
+        pipe.save_lora_weights(tmp_path, tensors, transformer_lora_adapter_metadata=metadata)
+    again = make_pipeline(weights)
+    again.load_lora_weights(tmp_path)
+    assert torch.equal(predict(again), predict(pipe))
+    loaded = peft.get_peft_model_state_dict(again.transformer, adapter_name="default_0")
+    assert_same_tensors(loaded, tensors)
+
+
+def test_trained_in_diffusers(tmp_path):
+    """Saved without metadata, as a training script may: every alpha is then its rank."""
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    targets = ["to_q.video", "ff.linear_in.text", "2.attn.to_gate", "2.ff.linear_in", "audio_proj_out"]
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+    pipe.transformer.add_adapter(config, "trained")
+    tensors = peft.get_peft_model_state_dict(pipe.transformer, adapter_name="trained")
+    pipe.save_lora_weights(tmp_path, tensors)
+    again = make_pipeline(weights)
+    again.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    assert torch.equal(predict(again), predict(pipe))
+
+
+def test_pickle_of_more_than_tensors_is_refused(tmp_path):
+    weights = load_weights()
+    lora, _ = make_lora(linears(weights))
+    torch.save(lora, tmp_path / "lora.bin")
+    pipe = make_pipeline(weights)
+    pipe.load_lora_weights(tmp_path, weight_name="lora.bin")
+    expected = predict(pipe)
+    torch.save(lora | {"code": make_lora}, tmp_path / "bad.bin")
+    with pytest.raises(OSError, match=r"bad\.bin"):
+        pipe.load_lora_weights(tmp_path, weight_name="bad.bin")
+    with pytest.raises(OSError, match="no_such_file"):
+        pipe.load_lora_weights(tmp_path, weight_name="no_such_file.safetensors")
+    assert torch.equal(predict(pipe), expected)
+
+
+def test_scale_and_fuse():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    plain = predict(pipe)
+    lora, changes = make_lora(linears(weights))
+    pipe.load_lora_weights(lora, adapter_name="style")
+    full = predict(pipe)
+    half = {name: change / 2 for name, change in changes.items()}
+    assert_close(predict(pipe, attention_kwargs={"scale": 0.5}), predict(make_pipeline(add_changes(weights, half))))
+    assert_close(predict(pipe, attention_kwargs={"scale": 0.0}), plain)
+    assert torch.equal(predict(pipe), full)
+
+    pipe.fuse_lora()
+    assert_close(predict(pipe), full)
+    pipe.unfuse_lora()
+    assert_close(predict(pipe), full)
+
+
+def test_unload_restores_every_bit():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    lora, _ = make_lora(linears(weights))
+    pipe.load_lora_weights(lora)
+    pipe.load_lora_weights(lora | {"adapter.text_embedder.diff_b": torch.ones(64)})
+    pipe.unload_lora_weights()
+    assert_same_tensors(pipe.transformer.state_dict(), before)
+
+
+def test_two_adapters():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    first, first_changes = make_lora(linears(weights))
+    second, second_changes = make_lora({SHARED_UP_GATE: weights[f"{SHARED_UP_GATE}.weight"]})
+    pipe.load_lora_weights(first, adapter_name="first")
+    pipe.load_lora_weights(second, adapter_name="second")
+    pipe.set_adapters(["first", "second"], [0.5, 2.0])
+    changes = {name: change / 2 for name, change in first_changes.items()}
+    changes[SHARED_UP_GATE] = changes[SHARED_UP_GATE] + 2 * second_changes[SHARED_UP_GATE]
+    assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, changes))))
+    pipe.set_adapters("second")
+    assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, second_changes))))
+    pipe.delete_adapters("second")
+    assert pipe.get_list_adapters() == {"transformer": ["first"]}
+    with pytest.raises(ValueError, match="first"):
+        pipe.load_lora_weights(first, adapter_name="first")
+
+
+def test_hotswap():
+    weights = load_weights()
+    module = {MODALITY_QKV: weights[f"{MODALITY_QKV}.weight"]}
+    pipe = make_pipeline(weights)
+    pipe.load_lora_weights(make_lora(module)[0], adapter_name="style")
+    lora, changes = make_lora(module)
+    pipe.load_lora_weights(lora, adapter_name="style", hotswap=True)
+    assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, changes))))
+
+
+def test_scale_in_the_pipeline():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = torch.randn(1, 5, 24)
+
+    def run(**kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            prompt_embeds=embeds,
+            height=64,
+            width=64,
+            num_frames=5,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            audio_guidance_scale=1.0,
+            generator=generator,
+            output_type="latent",
+            **kwargs,
+        ).frames
+
+    plain = run()
+    pipe.load_lora_weights(make_lora(linears(weights))[0], adapter_name="style")
+    assert is_changed(run(), plain)
+    scaled = run(attention_kwargs={"scale": 0.5})
+    pipe.set_adapters("style", 0.5)
+    assert torch.equal(run(), scaled)
+
+
+def test_bf16_keeps_fp32_parts(tmp_path):
+    weights = load_weights()
+    make_pipeline(weights).transformer.save_pretrained(tmp_path)
+    transformer = MagiHumanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    pipe = MagiHumanAudioVideoPipeline(None, None, transformer, MagiHumanFlowScheduler(), None, None)
+    lora, changes = make_lora(linears(weights))
+    pipe.load_lora_weights(lora)
+    assert transformer.dtype == torch.bfloat16
+    assert transformer.video_embedder.lora_A["default_0"].weight.dtype == torch.float32
+    assert transformer.transformer_blocks[2].attn.to_q.lora_B["default_0"].weight.dtype == torch.bfloat16
+    expected = predict(make_pipeline(add_changes(weights, changes)))
+    assert (predict(pipe) - expected).norm() / expected.norm() < 0.05
+
+
+def make_bad_loras():
+    weights = load_weights()
+    good, _ = make_lora({name: weights[f"{name}.weight"] for name in (MODALITY_QKV, SHARED_UP_GATE)})
+    pair = {
+        f"{SHARED_UP_GATE}.lora_A.weight": torch.ones(2, 64),
+        f"{SHARED_UP_GATE}.lora_B.weight": torch.ones(336, 2),
+    }
+    wan = {f"blocks.0.self_attn.q.{part}.weight": torch.ones(4, 4) for part in ("lora_A", "lora_B")}
+    norm = "block.layers.0.attention.pre_norm"
+    return {
+        "foreign": ({f"diffusion_model.{name}": value for name, value in wan.items()}, r"blocks\.0\.self_attn\.q"),
+        "foreign in Diffusers": ({f"transformer.{name}": value for name, value in wan.items()}, "unknown"),
+        "partly foreign": (good | wan, r"blocks\.0\.self_attn\.q"),
+        "another kind": (good | {f"{MODALITY_QKV}.hada_w1_a": torch.ones(2, 2)}, "hada_w1_a"),
+        "no tensor": (good | {f"{SHARED_UP_GATE}.alpha": 1.0}, "alpha"),
+        "rows of one expert": (
+            good | {f"{MODALITY_QKV}.lora_B.weight": torch.ones(132, 2)},
+            r"linear_qkv \(lora_B\.weight \(132, 2\), allowed: \(396, 2\)\)",
+        ),
+        "rank": (good | {f"{MODALITY_QKV}.lora_A.weight": torch.ones(0, 64)}, r"allowed: \(1, 64\)"),
+        "no dimensions": (good | {f"{MODALITY_QKV}.lora_A.weight": torch.ones(())}, "another shape"),
+        "half a pair": ({f"{MODALITY_QKV}.lora_A.weight": torch.ones(2, 64)}, "do not go together"),
+        "both": (good | {f"{MODALITY_QKV}.diff": torch.ones(396, 64)}, "do not go together"),
+        "repeated": (good | {f"model.{MODALITY_QKV}.lora_down.weight": torch.ones(2, 64)}, "repeated"),
+        "whole and part": (
+            good
+            | {
+                "block.layers.0.attention.linear_q_video.lora_A.weight": torch.ones(2, 64),
+                "block.layers.0.attention.linear_q_video.lora_B.weight": torch.ones(64, 2),
+            },
+            "whole and in parts",
+        ),
+        "norm": (good | {f"{norm}.diff": torch.ones(192)}, rf"norms.*: {norm}"),
+        "bias of none": (good | {f"{MODALITY_QKV}.diff_b": torch.ones(396)}, "allowed: none"),
+        "columns of DoRA": (pair | {f"{SHARED_UP_GATE}.dora_scale": torch.ones(1, 64)}, r"\(336,\) or \(336, 1\)"),
+        "DoRA of some": (good | {f"{SHARED_UP_GATE}.dora_scale": torch.ones(336)}, f"others have: {MODALITY_QKV}"),
+        "DoRA and bias": (
+            pair | {f"{SHARED_UP_GATE}.dora_scale": torch.ones(336), f"{SHARED_UP_GATE}.lora_B.bias": torch.ones(336)},
+            "bias besides DoRA",
+        ),
+        "empty": ({}, "no tensors"),
+        "zeros": ({f"{norm}.diff": torch.zeros(192)}, "changes nothing"),
+    }
+
+
+BAD_LORAS = make_bad_loras()
+
+
+@pytest.fixture(scope="module")
+def unchanged_pipe():
+    pipe = make_pipeline(load_weights())
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    yield pipe
+    assert pipe.get_list_adapters() == {}
+    assert_same_tensors(pipe.transformer.state_dict(), before)
+
+
+@pytest.mark.parametrize("case", BAD_LORAS)
+def test_what_does_not_fit_is_listed_and_nothing_loaded(case, unchanged_pipe):
+    lora, message = BAD_LORAS[case]
+    names = list(unchanged_pipe.transformer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        unchanged_pipe.load_lora_weights(lora)
+    assert list(unchanged_pipe.transformer.state_dict()) == names
+
+
+def test_file_of_another_model(unchanged_pipe, tmp_path):
+    lora, message = BAD_LORAS["foreign"]
+    save_file(lora, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message):
+        unchanged_pipe.load_lora_weights(tmp_path)
+
+
+def test_fused_projections_are_refused():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        pipe.load_lora_weights(make_lora(linears(weights))[0])
