@@ -169,6 +169,7 @@ def test_convert_pushes_a_repository_that_loads(hub, tmp_path):
     assert "hf_secret_of_the_test" not in result.stdout + result.stderr
     index = json.loads((hub.root / "someone" / "magihuman-distill" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "MagiHumanTransformer3DModel"] and index["is_distilled"]
+    assert '"someone/magihuman-distill"' in (hub.root / "someone" / "magihuman-distill" / "README.md").read_text()
     script = """
 import torch, diffusers_magihuman
 from diffusers import DiffusionPipeline

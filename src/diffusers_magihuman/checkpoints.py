@@ -800,6 +800,7 @@ def convert_checkpoint(
     video_vae: str | os.PathLike[str] | None = None,
     turbo_vae: str | os.PathLike[str] | None = None,
     audio_vae: str | os.PathLike[str] | None = None,
+    repo_id: str | None = None,
     **hub_kwargs: Any,
 ) -> Path:
     """
@@ -817,6 +818,7 @@ def convert_checkpoint(
         max_shard_size (`int` or `str`, defaults to `"5GB"`): Bytes of a file; also most of the memory that is needed.
         text_encoder, video_vae, turbo_vae, audio_vae (`str` or `os.PathLike`, *optional*):
             Directories or repositories of other parts to include; parts that are left out are given when loading.
+        repo_id (`str`, *optional*): Repository that the model card's examples load, where the output is to be uploaded.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the downloads.
 
     Returns:
@@ -856,7 +858,7 @@ def convert_checkpoint(
         vae.save_pretrained(incomplete / "vae")
     if audio_vae is not None:
         load_part(AutoencoderOobleck, audio_vae, torch.float32, **hub_kwargs).save_pretrained(incomplete / "audio_vae")
-    write_repository_files(incomplete, variant)
+    write_repository_files(incomplete, variant, repo_id)
     incomplete.rename(output)
     return output
 
@@ -911,12 +913,12 @@ def write_text_encoder(
     write_shards(tensors, sizes, output / "text_encoder", "model", max_bytes)
 
 
-def write_repository_files(folder: Path, variant: str) -> None:
+def write_repository_files(folder: Path, variant: str, repo_id: str | None) -> None:
     """Writes the card, the licence note, `model_index.json` and the code that loads it without this package."""
     # Here and absolute, because the generator bundles this very file for those who do not have the package.
     from diffusers_magihuman.hub import make_licence_note, make_model_card, write_repository_code
 
-    (folder / "README.md").write_text(make_model_card(variant.replace("_", "-")))
+    (folder / "README.md").write_text(make_model_card(variant.replace("_", "-"), repo_id))
     (folder / "NOTICE.md").write_text(make_licence_note())
     if variant.startswith("sr"):  # the pipeline of super-resolution is not here yet, so its parts are all there is
         return

@@ -167,6 +167,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         video_vae=arguments.with_vaes,
         turbo_vae=arguments.turbo_vae if arguments.with_vaes else None,
         audio_vae=arguments.audio_vae if arguments.with_vaes else None,
+        repo_id=arguments.push_to_hub,
     )
     print(path)
     if arguments.push_to_hub is not None:
