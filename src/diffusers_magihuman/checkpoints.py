@@ -818,7 +818,7 @@ def convert_checkpoint(
         max_shard_size (`int` or `str`, defaults to `"5GB"`): Bytes of a file; also most of the memory that is needed.
         text_encoder, video_vae, turbo_vae, audio_vae (`str` or `os.PathLike`, *optional*):
             Directories or repositories of other parts to include; parts that are left out are given when loading.
-        repo_id (`str`, *optional*): Repository that the model card's examples load, where the output is to be uploaded.
+        repo_id (`str`, *optional*): Repository that the examples of the model card load.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the downloads.
 
     Returns:
