@@ -129,7 +129,8 @@ def write_external_repositories(root):
     """T5Gemma with its decoder in a shard of its own, and the autoencoders, in the folders of their repositories."""
     tokenizer, encoder = make_text_encoder(hidden_size=24)
     folder = root / "google" / "t5gemma-9b-9b-ul2"
-    config = T5GemmaConfig(encoder=encoder.config.encoder, decoder=encoder.config.encoder, vocab_size=len(tokenizer))
+    module = encoder.config.encoder
+    config = T5GemmaConfig(encoder=module, decoder=module, vocab_size=module.vocab_size)
     model = T5GemmaForConditionalGeneration(config)
     model.model.encoder.load_state_dict(encoder.encoder.state_dict())
     config.save_pretrained(folder)
