@@ -37,8 +37,8 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers>=0.0.35"],
-        "train": ["peft>=0.17"],
-        "dev": ["peft>=0.17", "pytest>=8", "ruff>=0.15", "pre-commit>=4"],
+        "train": ["peft>=0.18"],
+        "dev": ["peft>=0.18", "pytest>=8", "ruff>=0.15", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["magihuman = diffusers_magihuman.cli:main"]},
 )
