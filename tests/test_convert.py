@@ -131,6 +131,13 @@ def test_wrong_source_leaves_nothing(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["distill"]
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "video_vae", "audio_vae"])
+def test_wrong_part_leaves_nothing(part, source, parts, tmp_path):
+    with pytest.raises(OSError, match="neither a path that exists nor a repository"):
+        convert_checkpoint(source, tmp_path / "out", **{**parts, part: "./missing"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_existing_output_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")

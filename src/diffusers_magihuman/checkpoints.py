@@ -635,7 +635,7 @@ def load_original_turbo_vae(
     path = root / subfolder if subfolder else root
     config, weights = read_turbo_vae(path)
     if encoder is not None:
-        wan = AutoencoderKLWan.from_pretrained(encoder, subfolder=vae_subfolder(encoder), **hub_kwargs)
+        wan = load_part(AutoencoderKLWan, encoder, torch.float32, **hub_kwargs)
         config |= {
             "encoder_base_dim": wan.config.base_dim,
             "encoder_dim_mult": wan.config.dim_mult,
@@ -651,11 +651,6 @@ def load_original_turbo_vae(
     model = meta_model(AutoencoderKLMagiHumanTurbo, config)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
     return model.eval()
-
-
-def vae_subfolder(source: str | os.PathLike[str]) -> str | None:
-    """A local directory may be the VAE itself; a repository, or a copy of one, holds it in the folder `vae`."""
-    return None if os.path.isfile(os.path.join(source, "config.json")) else "vae"
 
 
 def read_turbo_vae(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -783,7 +778,8 @@ def load_part(
 ) -> ModelMixin:
     """An autoencoder out of a repository's folder `vae`, or out of a local directory that is the autoencoder."""
     root = fetch(path_or_repo, ["vae/*"], **hub_kwargs)
-    return model_class.from_pretrained(root, subfolder=vae_subfolder(root), dtype=dtype)
+    subfolder = None if (root / "config.json").is_file() else "vae"
+    return model_class.from_pretrained(root, subfolder=subfolder, dtype=dtype)
 
 
 # Converting
@@ -806,8 +802,8 @@ def convert_checkpoint(
     """
     Converts a published checkpoint to a Diffusers repository, a tensor at a time.
 
-    The directory appears under its name only when it is complete. An interrupted run leaves a hidden directory beside
-    it, which the next run removes.
+    The directory appears under its name only when it is complete. A run that fails leaves nothing; one that is killed
+    leaves a hidden directory beside it, which the next run removes.
 
     Args:
         source (`str` or `os.PathLike`): The transformer, see [`load_original_transformer`].
@@ -835,30 +831,36 @@ def convert_checkpoint(
     variant = check_variant(variant or guess_variant(source, subfolder))
     tensors = open_checkpoint(fetch_transformer(source, subfolder, variant, **hub_kwargs))
     config, rules = plan_transformer(tensors, tensors.shapes, tensors.dtypes, variant)
+    part_kwargs = {name: value for name, value in hub_kwargs.items() if name != "revision"}
+    encoder = None if text_encoder is None else open_text_encoder(text_encoder, **part_kwargs)
     sizes = {
         target: shape.numel() * (torch.float32 if is_kept_in_fp32(target) else dtype).itemsize
         for rule in rules.values()
         for target, shape in rule.targets.items()
     }
-    check_free_disk(output.parent, sum(sizes.values()))
+    encoder_sizes = {} if encoder is None else text_encoder_sizes(encoder, dtype)
+    check_free_disk(output.parent, sum(sizes.values()) + sum(encoder_sizes.values()))
 
     incomplete = output.with_name(f".{output.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir(parents=True)
-    meta_model(MagiHumanTransformer3DModel, config).save_config(incomplete / "transformer")
-    converted = convert_tensors(tensors, rules, dtype)
-    write_shards(converted, sizes, incomplete / "transformer", "diffusion_pytorch_model", max_bytes)
-    MagiHumanFlowScheduler(sampler="renoise" if variant == "distill" else "unipc").save_pretrained(
-        incomplete / "scheduler"
-    )
-    if text_encoder is not None:
-        write_text_encoder(text_encoder, incomplete, dtype, max_bytes, **hub_kwargs)
-    if video_vae is not None:
-        vae = load_video_vae(video_vae, turbo_vae, dtype, **hub_kwargs)
-        vae.save_pretrained(incomplete / "vae")
-    if audio_vae is not None:
-        load_part(AutoencoderOobleck, audio_vae, torch.float32, **hub_kwargs).save_pretrained(incomplete / "audio_vae")
-    write_repository_files(incomplete, variant, repo_id)
+    try:
+        folder = incomplete / "transformer"
+        meta_model(MagiHumanTransformer3DModel, config).save_config(folder)
+        write_shards(convert_tensors(tensors, rules, dtype), sizes, folder, "diffusion_pytorch_model", max_bytes)
+        scheduler = MagiHumanFlowScheduler(sampler="renoise" if variant == "distill" else "unipc")
+        scheduler.save_pretrained(incomplete / "scheduler")
+        if encoder is not None:
+            write_text_encoder(encoder, encoder_sizes, incomplete, dtype, max_bytes)
+        if video_vae is not None:
+            load_video_vae(video_vae, turbo_vae, dtype, **part_kwargs).save_pretrained(incomplete / "vae")
+        if audio_vae is not None:
+            sound = load_part(AutoencoderOobleck, audio_vae, torch.float32, **part_kwargs)
+            sound.save_pretrained(incomplete / "audio_vae")
+        write_repository_files(incomplete, variant, repo_id)
+    except BaseException:
+        shutil.rmtree(incomplete, ignore_errors=True)
+        raise
     incomplete.rename(output)
     return output
 
@@ -899,16 +901,18 @@ def write_shards(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def text_encoder_sizes(source: LazyTensors, dtype: torch.dtype) -> dict[str, int]:
+    return {name.removeprefix("model."): shape.numel() * dtype.itemsize for name, shape in source.shapes.items()}
+
+
 def write_text_encoder(
-    path_or_repo: str | os.PathLike[str], output: Path, dtype: torch.dtype, max_bytes: int, **hub_kwargs: Any
+    source: LazyTensors, sizes: Mapping[str, int], output: Path, dtype: torch.dtype, max_bytes: int
 ) -> None:
-    source = open_text_encoder(path_or_repo, **hub_kwargs)
     root = next(iter(source.files.values())).parent
     config = T5GemmaConfig.from_pretrained(root)
     config.is_encoder_decoder, config.architectures, config.dtype = False, ["T5GemmaEncoderModel"], dtype
     config.save_pretrained(output / "text_encoder")
     AutoTokenizer.from_pretrained(root).save_pretrained(output / "tokenizer")
-    sizes = {name.removeprefix("model."): shape.numel() * dtype.itemsize for name, shape in source.shapes.items()}
     tensors = ((name.removeprefix("model."), source[name].to(dtype)) for name in source.shapes)
     write_shards(tensors, sizes, output / "text_encoder", "model", max_bytes)
 
