@@ -293,6 +293,18 @@ def test_embeddings_equal_prompt(tiny_pipeline):
     assert_same(run(without_text, None, **embeds), expected)
 
 
+@pytest.mark.parametrize("prompts", [["Hello there."], ["Hello there.", "One."]])
+def test_padding_may_stand_on_either_side(prompts, tiny_distilled_pipeline):
+    with torch.no_grad():
+        embeds, mask, _, _ = tiny_distilled_pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    left = torch.zeros(len(prompts), 20, 16)
+    left_mask = torch.zeros(len(prompts), 20, dtype=torch.bool)
+    for i, length in enumerate(mask.sum(dim=1)):
+        left[i, 20 - length :], left_mask[i, 20 - length :] = embeds[i, :length], True
+    output = run(tiny_distilled_pipeline, None, prompt_embeds=left, prompt_embeds_mask=left_mask)
+    assert_same(output, run(tiny_distilled_pipeline, prompts), tolerance=1e-5)
+
+
 def test_text_encoding_rounds_and_cuts(tiny_pipeline, caplog):
     input_ids = tiny_pipeline.tokenizer("Hello there.", return_tensors="pt").input_ids
     with torch.no_grad():

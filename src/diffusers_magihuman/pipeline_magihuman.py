@@ -480,9 +480,9 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline, 
 
     @staticmethod
     def _trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Cuts right padding to the longest text; the mask goes too unless texts of different lengths are mixed."""
-        length = int(mask.sum(dim=1).max())
-        embeds, mask = embeds[:, :length], mask[:, :length]
+        """Cuts padding that all texts share, left or right; the mask goes too unless texts of different lengths mix."""
+        kept = mask.any(dim=0)
+        embeds, mask = embeds[:, kept], mask[:, kept]
         return embeds, None if mask.all() else mask
 
     def encode_image(
@@ -717,7 +717,7 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline, 
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
                 *optional*): Embeddings in place of the prompts, see [`~MagiHumanAudioVideoPipeline.encode_prompt`].
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
-                *optional*): True for real tokens, which come first.
+                *optional*): True for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
