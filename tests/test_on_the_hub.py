@@ -152,6 +152,14 @@ def test_missing_repository_raises(hub, tmp_path):
     assert result.returncode == 3 and "https://huggingface.co/nobody/nothing cannot be downloaded" in result.stdout
 
 
+def test_repository_without_the_folder_is_not_downloaded_whole(hub, tmp_path):
+    hub.downloads.clear()
+    script = FROM_ORIGINAL.replace("GAIR/daVinci-MagiHuman", "SanDiegoDude/daVinci-MagiHuman-FP8")
+    result = run_script(hub, tmp_path / "cache", script)
+    assert result.returncode == 3 and "has none of the folders ['distill']; `subfolder` may name" in result.stdout
+    assert not hub.downloads
+
+
 def test_convert_pushes_a_repository_that_loads(hub, tmp_path):
     command = [
         "convert",

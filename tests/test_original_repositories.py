@@ -1,7 +1,9 @@
 """Pipelines put together from the original's repositories: the parts beside the transformer, and all at once."""
 
+import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -89,6 +91,25 @@ def test_text_encoder_is_the_encoder_of_the_whole_model(repositories):
     expected = whole(input_ids=input_ids).last_hidden_state
     for model in (encoder, again):
         assert not model.training and torch.equal(model(input_ids=input_ids).last_hidden_state, expected)
+
+
+def test_text_encoder_with_a_missing_tensor_raises(repositories, tmp_path):
+    path = tmp_path / "t5gemma"
+    shutil.copytree(local_sources(repositories)["text_encoder"], path)
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.encoder.norm.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"missing: encoder\.norm\.weight"):
+        load_text_encoder(path)
+
+
+def test_damaged_turbo_vae_config_is_named(tmp_path):
+    info, _ = load_golden("turbo_vae")
+    write_turbo_vae(load_golden_weights("turbo_vae"), info["turbo_vaed_config"], tmp_path / "turbo_vae")
+    (tmp_path / "turbo_vae" / "config.json").write_text("")
+    with pytest.raises(OSError, match=r"config\.json' is no config"):
+        load_original_turbo_vae(tmp_path / "turbo_vae")
 
 
 @pytest.mark.parametrize("turbo", [True, False])

@@ -495,14 +495,19 @@ def fetch_transformer(source: str | os.PathLike[str], subfolder: str | None, var
     is_sr = variant.startswith("sr")
     names, other = (["sr_transformer", "transformer"], "transformer") if is_sr else (["transformer"], "sr_transformer")
     hub_kwargs["ignore_patterns"] = f"*/{other}/*"
-    folders = [subfolder] if subfolder else [variant, VARIANT_FOLDERS[variant]]
+    folders = [subfolder] if subfolder else sorted({variant, VARIANT_FOLDERS[variant]})
     kinds = ["*.safetensors", "*.json"]
     root = fetch(source, [f"{folder}/{kind}" for folder in folders for kind in kinds] + folders, **hub_kwargs)
     if subfolder and not (root / subfolder).exists():
         raise OSError(f"{os.fspath(source)!r} has no {subfolder!r}.")
     found = next((root / folder for folder in folders if (root / folder).exists()), None)
-    if found is None:  # the whole repository, or the whole directory, is the transformer
-        found = fetch(source, kinds, **hub_kwargs)
+    if found is None:  # the source itself is the transformer; of a repository nothing but files of standard names
+        names_at_root = ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*"]
+        found = fetch(source, names_at_root, **{**hub_kwargs, "ignore_patterns": "*/*"})
+        if not found.exists():
+            raise OSError(
+                f"{os.fspath(source)!r} has none of the folders {folders}; `subfolder` may name another, or a file."
+            )
     return next((found / name for name in names if (found / name).is_dir()), found)
 
 
@@ -601,7 +606,6 @@ def single_file_state_dict(
 SINGLE_FILE_LOADABLE_CLASSES["MagiHumanTransformer3DModel"] = {
     "checkpoint_mapping_fn": single_file_state_dict,
     "config_mapping_fn": single_file_config,
-    "default_subfolder": "transformer",
 }
 
 
@@ -617,7 +621,7 @@ def load_original_turbo_vae(
 
     Args:
         path_or_repo (`str` or `os.PathLike`): A file, a directory, or a repository on the Hub.
-        subfolder (`str`, *optional*): Directory within it, for example `"turbo_vae"`.
+        subfolder (`str`, *optional*): Directory within it; `"turbo_vae"` of a repository.
         encoder (`str` or `os.PathLike`, *optional*): Wan 2.2 VAE in Diffusers format whose encoder is taken along, a
             directory or a repository with a folder `vae`. Without it the model only decodes.
         dtype (`torch.dtype`, defaults to `torch.float32`): Dtype of all weights.
@@ -630,10 +634,10 @@ def load_original_turbo_vae(
         `ValueError`: Tensors do not fit.
         `OSError`: A file or repository is missing, damaged, not accessible, or a pickle that holds more than tensors.
     """
-    folder = f"{subfolder}/" if subfolder else ""
-    root = fetch(path_or_repo, [f"{folder}*.json", f"{folder}*.ckpt", f"{folder}*.safetensors"], **hub_kwargs)
-    path = root / subfolder if subfolder else root
-    config, weights = read_turbo_vae(path)
+    if subfolder is None and not os.path.exists(path_or_repo):
+        subfolder = "turbo_vae"
+    root = fetch(path_or_repo, [f"{subfolder}/*"], **hub_kwargs)
+    config, weights = read_turbo_vae(root / subfolder if subfolder else root)
     if encoder is not None:
         wan = load_part(AutoencoderKLWan, encoder, torch.float32, **hub_kwargs)
         config |= {
@@ -659,9 +663,13 @@ def read_turbo_vae(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     files = [path] if path.is_file() else sorted([*path.glob("*.ckpt"), *path.glob("*.safetensors")])
     if len(files) != 1:
         raise OSError(f"{str(path)!r} must hold one .ckpt or .safetensors file, but holds {[f.name for f in files]}.")
-    configs = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     known = AutoencoderKLMagiHumanTurbo._get_init_keys(AutoencoderKLMagiHumanTurbo)
-    config = {name: value for item in configs for name, value in item.items() if name in known}
+    config = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            config |= {name: value for name, value in json.loads(file.read_text()).items() if name in known}
+        except (ValueError, AttributeError) as error:
+            raise OSError(f"{str(file)!r} is no config: {error}") from error
 
     is_pickle = files[0].suffix != ".safetensors"
     weights = read_pickle(files[0]) if is_pickle else dict(open_checkpoint(files[0]))
@@ -689,27 +697,34 @@ def load_text_encoder(
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the download.
 
     Raises:
+        `ValueError`: Tensors of the encoder are missing or misshapen.
         `OSError`: A file or repository is missing, damaged or not accessible.
     """
-    source = open_text_encoder(path_or_repo, **hub_kwargs)
-    root = next(iter(source.files.values())).parent
-    config = T5GemmaConfig.from_pretrained(root)
-    config.is_encoder_decoder = False
+    source, config = open_text_encoder(path_or_repo, **hub_kwargs)
     weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in source.items()}
     model = T5GemmaEncoderModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    return AutoTokenizer.from_pretrained(root), model
+    return AutoTokenizer.from_pretrained(next(iter(source.files.values())).parent), model
 
 
-def open_text_encoder(path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> LazyTensors:
+def open_text_encoder(path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[LazyTensors, T5GemmaConfig]:
     """The encoder's tensors of a T5Gemma checkpoint, of which only the files that hold some are downloaded."""
     root = fetch(path_or_repo, ["*.json", "tokenizer*"], **hub_kwargs)
     index = root / "model.safetensors.index.json"
-    if not index.is_file():
-        root = fetch(path_or_repo, ["*.json", "tokenizer*", "model.safetensors"], **hub_kwargs)
-        return LazyTensors(encoder_files(open_checkpoint(root / "model.safetensors").files))
-    files = encoder_files(read_index(index))
-    fetch(path_or_repo, sorted({path.name for path in files.values()}), **hub_kwargs)
-    return LazyTensors(files)
+    if index.is_file():
+        files = encoder_files(read_index(index))
+        fetch(path_or_repo, sorted({path.name for path in files.values()}), **hub_kwargs)
+    else:
+        fetch(path_or_repo, ["model.safetensors"], **hub_kwargs)
+        files = encoder_files(open_checkpoint(root / "model.safetensors").files)
+
+    source, config = LazyTensors(files), T5GemmaConfig.from_pretrained(root)
+    config.is_encoder_decoder = False
+    with torch.device("meta"):
+        expected = tensor_shapes(T5GemmaEncoderModel(config).state_dict())
+    # Transformers would fill in what is missing at random.
+    shapes = {name.removeprefix("model."): shape for name, shape in source.shapes.items()}
+    check_names_and_shapes(shapes, expected)
+    return source, config
 
 
 def encoder_files(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -832,7 +847,7 @@ def convert_checkpoint(
     tensors = open_checkpoint(fetch_transformer(source, subfolder, variant, **hub_kwargs))
     config, rules = plan_transformer(tensors, tensors.shapes, tensors.dtypes, variant)
     part_kwargs = {name: value for name, value in hub_kwargs.items() if name != "revision"}
-    encoder = None if text_encoder is None else open_text_encoder(text_encoder, **part_kwargs)
+    encoder, encoder_config = (None, None) if text_encoder is None else open_text_encoder(text_encoder, **part_kwargs)
     sizes = {
         target: shape.numel() * (torch.float32 if is_kept_in_fp32(target) else dtype).itemsize
         for rule in rules.values()
@@ -851,7 +866,7 @@ def convert_checkpoint(
         scheduler = MagiHumanFlowScheduler(sampler="renoise" if variant == "distill" else "unipc")
         scheduler.save_pretrained(incomplete / "scheduler")
         if encoder is not None:
-            write_text_encoder(encoder, encoder_sizes, incomplete, dtype, max_bytes)
+            write_text_encoder(encoder, encoder_config, encoder_sizes, incomplete, dtype, max_bytes)
         if video_vae is not None:
             load_video_vae(video_vae, turbo_vae, dtype, **part_kwargs).save_pretrained(incomplete / "vae")
         if audio_vae is not None:
@@ -906,13 +921,17 @@ def text_encoder_sizes(source: LazyTensors, dtype: torch.dtype) -> dict[str, int
 
 
 def write_text_encoder(
-    source: LazyTensors, sizes: Mapping[str, int], output: Path, dtype: torch.dtype, max_bytes: int
+    source: LazyTensors,
+    config: T5GemmaConfig,
+    sizes: Mapping[str, int],
+    output: Path,
+    dtype: torch.dtype,
+    max_bytes: int,
 ) -> None:
-    root = next(iter(source.files.values())).parent
-    config = T5GemmaConfig.from_pretrained(root)
-    config.is_encoder_decoder, config.architectures, config.dtype = False, ["T5GemmaEncoderModel"], dtype
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(source.files.values())).parent)
+    tokenizer.save_pretrained(output / "tokenizer")
+    config.architectures, config.dtype = ["T5GemmaEncoderModel"], dtype
     config.save_pretrained(output / "text_encoder")
-    AutoTokenizer.from_pretrained(root).save_pretrained(output / "tokenizer")
     tensors = ((name.removeprefix("model."), source[name].to(dtype)) for name in source.shapes)
     write_shards(tensors, sizes, output / "text_encoder", "model", max_bytes)
 

@@ -480,7 +480,7 @@ class MagiHumanAudioVideoPipeline(RegisteredComponentsMixin, DiffusionPipeline, 
 
     @staticmethod
     def _trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Cuts padding that all texts share, left or right; the mask goes too unless texts of different lengths mix."""
+        """Cuts padding that all texts share; the mask goes too unless texts of different lengths are mixed."""
         kept = mask.any(dim=0)
         embeds, mask = embeds[:, kept], mask[:, kept]
         return embeds, None if mask.all() else mask
