@@ -503,7 +503,7 @@ def fetch_transformer(source: str | os.PathLike[str], subfolder: str | None, var
     found = next((root / folder for folder in folders if (root / folder).exists()), None)
     if found is None:  # the source itself is the transformer; of a repository nothing but files of standard names
         names_at_root = ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*"]
-        found = fetch(source, names_at_root, **{**hub_kwargs, "ignore_patterns": "*/*"})
+        found = fetch(source, names_at_root, **hub_kwargs)
         if not found.exists():
             raise OSError(
                 f"{os.fspath(source)!r} has none of the folders {folders}; `subfolder` may name another, or a file."
