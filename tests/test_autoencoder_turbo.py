@@ -90,7 +90,9 @@ def test_decode_matches_original_uint8():
     video = (video * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)[0].permute(1, 2, 3, 0)
     differences = (video.int() - tensors["out.uint8_f4"].int()).abs()
     assert differences.max() <= 1
-    assert differences.count_nonzero() <= 1e-4 * differences.numel()  # a value may sit on the edge of a step
+    # Rounding differs between processors and moves values that sit on the edge of a step; rounding to the nearest
+    # integer instead of truncating would move half of them.
+    assert differences.count_nonzero() <= 1e-3 * differences.numel()
 
 
 @pytest.mark.parametrize(("case", "num_frames"), CASES)
@@ -104,7 +106,7 @@ def test_windows_match_original(case, num_frames):
 
     vae.decoder.register_forward_hook(record, with_kwargs=True)
     z = denormalise(tensors[f"in.latent_f{num_frames}"], tensors)
-    windows = list(vae._decode_windows(z))
+    windows = list(vae.decode_windows(z))
     assert calls == config["decoder_calls"][str(num_frames)]
     assert torch.equal(torch.cat(windows, dim=2), vae.decode(z).sample)
 
@@ -150,6 +152,43 @@ def test_slicing(tiny_vae):
     assert torch.equal(tiny_vae.decode(z).sample, decoded_slices)
     tiny_vae.disable_slicing()
     assert torch.equal(tiny_vae.decode(z).sample, decoded)
+
+
+@pytest.mark.parametrize("case", ["turbo_vae", "turbo_vae_dw"])
+@torch.no_grad()
+def test_tiles_meet_without_seams(case):
+    """Golden weights, whose convolutions carry as far as they can; with separable ones and a pixel shuffle too."""
+    vae, _, _ = golden_turbo_vae(case)
+    z = torch.randn(1, vae.config.latent_channels, 1, 12, 14, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(z).sample
+    calls = []
+    vae.decoder.conv_out.register_forward_hook(lambda _module, args, _output: calls.append(args[0].shape[-2:]))
+    vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=64)
+    tiled = vae.decode(z).sample
+    assert len(calls) == 6 * 4  # tiles of two latents by at most four
+    torch.testing.assert_close(tiled, expected, atol=2e-5, rtol=0)
+
+    vae.decoder.tile_margin -= 2  # were the margin narrower, seams would show
+    assert (vae.decode(z).sample - expected).abs().max() > 1e-3
+    vae.disable_tiling()
+    assert torch.equal(vae.decode(z).sample, expected)
+
+
+@torch.no_grad()
+def test_tiling_and_slicing_together(tiny_vae):
+    z = torch.randn(2, 8, 4, 3, 5)
+    expected = tiny_vae.decode(z).sample
+    tiny_vae.enable_tiling(16, 32)
+    tiny_vae.enable_slicing()
+    torch.testing.assert_close(tiny_vae.decode(z).sample, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [0, -16, 24, 32.0])
+def test_tile_size_errors(size, tiny_vae):
+    for name in ("tile_sample_min_height", "tile_sample_min_width"):
+        with pytest.raises(ValueError, match=f"`{name}`={size!r} must be a positive multiple of 16"):
+            tiny_vae.enable_tiling(**{name: size})
+    assert not tiny_vae.use_tiling
 
 
 @torch.no_grad()

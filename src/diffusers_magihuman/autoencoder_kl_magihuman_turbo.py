@@ -16,11 +16,14 @@
 Notable features:
 
 - the decoder is not causal; it slides a window over the latent frames, so its memory does not grow with the video
+- tiles in space see as far as the convolutions do, so they fit together without blending
 - its norms have no weights and work in float32
 - the encoder is Diffusers' `WanEncoder3d`, weight for weight, and may be left out
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -60,6 +63,24 @@ def apply_to_frames(module: nn.Module, hidden_states: torch.Tensor) -> torch.Ten
     """Run a module for images on every frame of `(batch_size, channels, num_frames, height, width)`."""
     frames = module(hidden_states.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (hidden_states.shape[0], -1)).transpose(1, 2)
+
+
+def margin_and_scale(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """How many positions beyond its own an output of the modules, run in this order, sees; how often they double."""
+    margin, scale = 0.0, 1
+    for module in modules:
+        if isinstance(module, nn.Upsample):
+            scale *= 2
+        elif isinstance(module, nn.Conv2d | nn.Conv3d):
+            margin += (module.kernel_size[-1] - 1) / 2 / scale
+    return math.ceil(margin), scale
+
+
+def tile_bounds(size: int, tile_size: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of the fewest tiles of about equal size, at most `tile_size`."""
+    num_tiles = math.ceil(size / tile_size)
+    for tile in range(num_tiles):
+        yield tile * size // num_tiles, (tile + 1) * size // num_tiles
 
 
 class MagiHumanTurboConv3d(nn.Conv3d):
@@ -261,13 +282,21 @@ class MagiHumanTurboDecoder3d(nn.Module):
             channels = channels // patch_size**2
         self.conv_out = MagiHumanTurboConv3d(channels, out_channels, (3, 3, 3))
 
-    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+        in_tiles = nn.ModuleList([*self.up_blocks[1:], self.upsampler2d_1 or nn.Identity(), self.conv_out])
+        self.tile_margin, scale = margin_and_scale(in_tiles.modules())
+        self.tile_scale = scale * patch_size
+
+    def forward(
+        self, hidden_states: torch.Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`):
                 Latents.
             is_first_chunk (`bool`):
                 Whether the first latent frame is the first of the video: it then gives one frame, else four.
+            tile_size (`tuple[int, int]`, *optional*):
+                Height and width in pixels of the tiles that the large end of the decoder runs on one by one.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, out_channels, 4 * num_frames - 3 or 4 * num_frames, 16 * height,
@@ -275,7 +304,25 @@ class MagiHumanTurboDecoder3d(nn.Module):
         """
         hidden_states = self.conv_in(hidden_states)
         hidden_states = self.mid_block(hidden_states, is_first_chunk)
-        for up_block in self.up_blocks:
+        hidden_states = self.up_blocks[0](hidden_states, is_first_chunk)
+        if tile_size is None:
+            return self._to_pixels(hidden_states, is_first_chunk)
+
+        margin, scale = self.tile_margin, self.tile_scale
+        tile_height, tile_width = (max(size // scale, 1) for size in tile_size)
+        rows = []
+        for top, bottom in tile_bounds(hidden_states.shape[3], tile_height):
+            row = []
+            for left, right in tile_bounds(hidden_states.shape[4], tile_width):
+                y, x = max(top - margin, 0), max(left - margin, 0)
+                tile = hidden_states[..., y : bottom + margin, x : right + margin]
+                pixels = self._to_pixels(tile, is_first_chunk)[..., (top - y) * scale :, (left - x) * scale :]
+                row.append(pixels[..., : (bottom - top) * scale, : (right - left) * scale])
+            rows.append(torch.cat(row, dim=4))
+        return torch.cat(rows, dim=3)
+
+    def _to_pixels(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+        for up_block in self.up_blocks[1:]:
             hidden_states = up_block(hidden_states, is_first_chunk)
         hidden_states = F.silu(rms_norm(hidden_states))
 
@@ -415,6 +462,36 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.first_chunk_size = first_chunk_size
         self.step_size = step_size
         self.use_slicing = False
+        self.use_tiling = False
+        # Eight tiles of 1088x1920.
+        self.tile_sample_min_height = 544
+        self.tile_sample_min_width = 480
+
+    def enable_tiling(
+        self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
+    ) -> None:
+        """
+        Decode in tiles, to save memory with large videos.
+
+        Only the end of the decoder, whose feature maps are large, runs on tiles; each has a margin as wide as its
+        convolutions see, which is cut off again. So the tiles meet without seams or blending: the result differs from
+        an untiled one by rounding alone. The margin costs time, the more the smaller the tiles.
+
+        Args:
+            tile_sample_min_height (`int`, *optional*, defaults to 544): Height of a tile in pixels, at most.
+            tile_sample_min_width (`int`, *optional*, defaults to 480): Width of a tile in pixels, at most.
+
+        Raises:
+            ValueError: For a size that is no positive multiple of `spatial_compression_ratio`.
+        """
+        multiple = self.spatial_compression_ratio
+        sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
+        for name, size in sizes.items():
+            if size is not None and (not isinstance(size, Integral) or size < multiple or size % multiple):
+                raise ValueError(f"`{name}`={size!r} must be a positive multiple of {multiple}.")
+        self.use_tiling = True
+        self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
+        self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         x = patchify(x, self.config.patch_size)
@@ -467,12 +544,20 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
             return (posterior,)
         return AutoencoderKLOutput(latent_dist=posterior)
 
-    def _decode_windows(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    @apply_forward_hook
+    def decode_windows(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         """
-        Decode one window of latent frames after the other.
+        Decode one window of latent frames after the other, so that only one of them is in memory at a time.
 
         Each window but the outermost sees one latent frame more on either side, whose frames are cut off again. The
         last latent frame is repeated until the last window is full.
+
+        Args:
+            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`):
+                Latents, see [`~AutoencoderKLMagiHumanTurbo.decode`].
+
+        Returns:
+            `Iterator[torch.Tensor]`: Parts of what `decode` gives, to be joined along the frames (dimension 2).
         """
         num_missing = self.first_chunk_size - z.shape[2]
         num_padding = num_missing if num_missing > 0 else num_missing % self.step_size
@@ -483,18 +568,22 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
             is_first, is_last = start == 0, end == z.shape[2]
             num_before = 0 if is_first else 1
             num_after = 0 if is_last else 1
-            frames = self.decoder(z[:, :, start - num_before : end + num_after], is_first_chunk=is_first)
+            frames = self._decode_window(z[:, :, start - num_before : end + num_after], is_first)
             num_cut = num_padding if is_last else num_after
             stop = frames.shape[2] - num_cut * self.temporal_compression_ratio
             yield frames[:, :, num_before * self.temporal_compression_ratio : stop]
 
-    def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        return torch.cat(list(self._decode_windows(z)), dim=2)
+    def _decode_window(self, z: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+        tiling = {}
+        if self.use_tiling:
+            tiling["tile_size"] = (self.tile_sample_min_height, self.tile_sample_min_width)
+        samples = z.split(1) if self.use_slicing else [z]
+        return torch.cat([self.decoder(sample, is_first_chunk=is_first_chunk, **tiling) for sample in samples])
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """
-        Decode latents.
+        Decode latents, in tiles after [`~AutoencoderKLMagiHumanTurbo.enable_tiling`].
 
         Args:
             z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`):
@@ -507,10 +596,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
                 Videos `(batch_size, out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but
                 not clamped.
         """
-        if self.use_slicing and z.shape[0] > 1:
-            decoded = torch.cat([self._decode(z_slice) for z_slice in z.split(1)])
-        else:
-            decoded = self._decode(z)
+        decoded = torch.cat(list(self.decode_windows(z)), dim=2)
 
         if not return_dict:
             return (decoded,)
