@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from conftest import DATA, load_golden, make_golden_transformer
+from diffusers.models.attention_dispatch import attention_backend
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.transformer_magihuman import (
+    MagiHumanAttnProcessor,
     MagiHumanRotaryPosEmbed,
     SequenceLayout,
     apply_layer,
@@ -226,6 +228,64 @@ def test_local_attention_that_covers_all_frames_is_full_attention():
     narrow = make_tiny_model(local_attention_layers=(0, 1, 2), local_attention_frames=2)
     narrow.load_state_dict(full.state_dict())
     assert (narrow(*inputs).sample - full(*inputs).sample).abs().max() > 1e-3
+
+
+class RecordingProcessor(MagiHumanAttnProcessor):
+    """Also notes the numbers of queries and keys of each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def _attend(self, query, key, value, attention_mask):
+        self.calls.append((query.shape[1], key.shape[1]))
+        return super()._attend(query, key, value, attention_mask)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("num_neighbours", [1, 2])
+def test_local_attention_is_one_softmax_over_the_window(num_frames, num_neighbours):
+    layout = SequenceLayout(num_frames, 2, 3, 5, 4)
+    frame = torch.arange(layout.video_length) // layout.frame_length
+    is_video = torch.arange(sum(layout.modality_lengths)) < layout.video_length
+    mask = torch.ones(len(is_video), len(is_video), dtype=torch.bool)
+    mask[: len(frame), : len(frame)] = (frame[:, None] - frame).abs() <= num_neighbours
+    query, key, value = torch.randn(3, 2, len(is_video), 4, 8).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    ).transpose(1, 2)
+
+    processor = RecordingProcessor()
+    output = processor._attend_locally(query, key, value, None, layout, num_neighbours)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=0)
+    # A call for every window that differs, and one for sound and text; no call sees more keys than it needs.
+    windows = {(max(i - num_neighbours, 0), min(i + num_neighbours + 1, num_frames)) for i in range(num_frames)}
+    assert len(processor.calls) == len(windows) + 1
+    assert sorted({keys for _, keys in processor.calls[:-1]}) == sorted({(b - a) * 6 + 9 for a, b in windows})
+    assert processor.calls[-1] == (9, len(is_video))
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "_native_flash", "flex"])
+@torch.no_grad()
+def test_attention_backends_agree_in_local_layers(backend):
+    """Each backend of Diffusers that runs on a CPU; `_native_flash` refuses masks."""
+    model = make_tiny_model(local_attention_layers=(0, 1), local_attention_frames=1, coordinate_style="v1")
+    inputs = make_inputs(num_frames=4)
+    expected = model(*inputs).sample
+    with attention_backend(backend):
+        torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [2, 4])
+@torch.no_grad()
+def test_local_layers_compile_to_one_graph(num_frames):
+    model = make_tiny_model(local_attention_layers=(0, 1), local_attention_frames=1, coordinate_style="v1")
+    inputs = make_inputs(num_frames=num_frames)
+    expected = model(*inputs).sample
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*inputs).sample, expected, atol=1e-5, rtol=0)
 
 
 def test_bf16_keeps_norms_embedders_and_heads_in_fp32(tmp_path):

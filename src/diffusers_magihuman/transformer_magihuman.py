@@ -264,18 +264,26 @@ class MagiHumanAttnProcessor:
     ) -> torch.Tensor:
         """A frame sees the frames up to `num_neighbours` away, all audio and all text; audio and text see everything.
 
-        One softmax over concatenated keys for each frame needs no mask, so every backend can serve it.
+        One softmax over concatenated keys for each frame needs no mask, so every backend can serve it, and cost grows
+        linearly with the number of frames. Frames whose neighbours are the same, as all are in a short video, go
+        together.
         """
 
         def window(states: torch.Tensor, start: int, end: int, dim: int = 1) -> torch.Tensor:
-            video = states.narrow(dim, start, end - start)
+            if start == 0 and end == layout.num_frames:
+                return states
+            video = states.narrow(dim, start * layout.frame_length, (end - start) * layout.frame_length)
             rest = states.narrow(dim, layout.video_length, states.shape[dim] - layout.video_length)
             return torch.cat([video, rest], dim=dim)
 
+        bounds = [
+            (max(frame - num_neighbours, 0), min(frame + num_neighbours + 1, layout.num_frames))
+            for frame in range(layout.num_frames)
+        ]
         outputs = []
-        for frame, frame_query in enumerate(query[:, : layout.video_length].split(layout.frame_length, dim=1)):
-            start = max(frame - num_neighbours, 0) * layout.frame_length
-            end = min(frame + num_neighbours + 1, layout.num_frames) * layout.frame_length
+        for start, end in dict.fromkeys(bounds):
+            first, num_frames = bounds.index((start, end)), bounds.count((start, end))
+            frame_query = query.narrow(1, first * layout.frame_length, num_frames * layout.frame_length)
             frame_mask = None if attention_mask is None else window(attention_mask, start, end, dim=-1)
             outputs.append(self._attend(frame_query, window(key, start, end), window(value, start, end), frame_mask))
         outputs.append(self._attend(query[:, layout.video_length :], key, value, attention_mask))
