@@ -20,6 +20,7 @@ It makes noise in a second on any machine, which is enough to try an installatio
 
 import argparse
 import string
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck
@@ -29,6 +30,7 @@ from diffusers_magihuman import (
     AutoencoderKLMagiHumanTurbo,
     MagiHumanAudioVideoPipeline,
     MagiHumanFlowScheduler,
+    MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
 )
 
@@ -93,7 +95,7 @@ def make_audio_vae() -> AutoencoderOobleck:
     ).eval()
 
 
-def make_transformer() -> MagiHumanTransformer3DModel:
+def make_transformer(**config: Any) -> MagiHumanTransformer3DModel:
     return MagiHumanTransformer3DModel(
         in_channels=8,
         audio_in_channels=8,
@@ -104,6 +106,7 @@ def make_transformer() -> MagiHumanTransformer3DModel:
         attention_head_dim=16,
         modality_layers=(0, 2),
         gelu_layers=(0,),
+        **config,
     ).eval()
 
 
@@ -121,10 +124,28 @@ def make_tiny_pipeline(is_distilled: bool = False, use_wan_vae: bool = False) ->
     )
 
 
+def make_tiny_upscale_pipeline() -> MagiHumanLatentUpscalePipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = make_text_encoder(hidden_size=16)
+    return MagiHumanLatentUpscalePipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=make_transformer(coordinate_style="v1", local_attention_layers=(0, 2), local_attention_frames=1),
+        scheduler=MagiHumanFlowScheduler(),
+        vae=make_turbo_vae(),
+        audio_vae=make_audio_vae(),
+        default_height=128,
+        default_width=192,
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="directory to write")
-    parser.add_argument("--distilled", action="store_true", help="8 stochastic steps without guidance")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--distilled", action="store_true", help="8 stochastic steps without guidance")
+    kind.add_argument("--upscale", action="store_true", help="super-resolution of latents, to 128x192 unless told")
     arguments = parser.parse_args()
-    make_tiny_pipeline(is_distilled=arguments.distilled).save_pretrained(arguments.output)
+    pipe = make_tiny_upscale_pipeline() if arguments.upscale else make_tiny_pipeline(arguments.distilled)
+    pipe.save_pretrained(arguments.output)
     print(arguments.output)

@@ -11,7 +11,7 @@ os.environ.setdefault("MKL_CBWR", "AVX2")
 
 import pytest
 import torch
-from make_tiny_pipeline import make_tiny_pipeline
+from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline
 from safetensors.torch import load_file
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
@@ -56,6 +56,11 @@ def tiny_pipeline():
 @pytest.fixture(scope="session")
 def tiny_distilled_pipeline():
     return make_tiny_pipeline(is_distilled=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_upscale_pipeline():
+    return make_tiny_upscale_pipeline()
 
 
 @pytest.fixture(scope="session")

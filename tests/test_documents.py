@@ -21,17 +21,19 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]
 SUBSTITUTIONS = {
     '"cuda"': '"cpu"',
     "torch.bfloat16": "torch.float32",
+    ".enable_model_cpu_offload()": '.to("cpu")',
     "pipe(prompt, ": "pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, ",
 }
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_distilled_pipeline, tmp_path_factory):
+def hub(tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     write_repositories(root)
     write_external_repositories(root)
     for variant in ("base", "distill", "sr-540p", "sr-1080p"):
-        tiny_distilled_pipeline.save_pretrained(root / "owner" / f"magihuman-{variant}")
+        pipe = tiny_upscale_pipeline if variant.startswith("sr") else tiny_distilled_pipeline
+        pipe.save_pretrained(root / "owner" / f"magihuman-{variant}")
         write_repository_code(root / "owner" / f"magihuman-{variant}")
     tiny_distilled_pipeline.vae.save_pretrained(root / "owner" / "magihuman-turbo-vae")
     with HubServer(root) as server:

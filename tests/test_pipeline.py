@@ -14,7 +14,7 @@ from make_tiny_pipeline import make_tiny_pipeline, make_turbo_vae
 
 from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanFlowScheduler
 from diffusers_magihuman.media import crop_to_aspect, load_audio
-from diffusers_magihuman.pipeline_magihuman import DEFAULT_NEGATIVE_PROMPT, encode_in_windows
+from diffusers_magihuman.pipeline_components import DEFAULT_NEGATIVE_PROMPT, encode_in_windows
 
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
@@ -511,11 +511,11 @@ def test_bf16_pipeline_keeps_fp32_parts_and_runs(tiny_pipeline_dir):
         ({"conditioning_audio_latents": torch.zeros(1, 5, 8)}, r"`conditioning_audio_latents` .* \(any, 9, 8\)"),
         (
             {"image": PIL.Image.new("RGB", (8, 8)), "image_latents": torch.zeros(1, 8, 1, 4, 4)},
-            "At most one of `image` and `image_latents` may be given",
+            r"At most one of \['image', 'image_latents'\] may be given",
         ),
         (
             {"audio": (np.zeros(22050, np.float32), 22050), "audio_latents": torch.zeros(1, 9, 8)},
-            "At most one of `audio_latents` and `given sound` may be given",
+            r"At most one of .* may be given, but \['audio', 'audio_latents'\] are",
         ),
         ({"image": []}, "`image` is an empty list"),
         ({"image": 3}, "`image` is a int"),

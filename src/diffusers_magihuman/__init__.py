@@ -23,6 +23,7 @@ from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .lora import MagiHumanLoraLoaderMixin
 from .media import export_to_mp4, load_audio
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
+from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from .pipeline_output import MagiHumanPipelineOutput
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .transformer_magihuman import MagiHumanTransformer3DModel
@@ -34,6 +35,7 @@ __all__ = [
     "AutoencoderKLMagiHumanTurbo",
     "MagiHumanAudioVideoPipeline",
     "MagiHumanFlowScheduler",
+    "MagiHumanLatentUpscalePipeline",
     "MagiHumanLoraLoaderMixin",
     "MagiHumanPipelineOutput",
     "MagiHumanTransformer3DModel",
@@ -45,6 +47,7 @@ for _class in (
     AutoencoderKLMagiHumanTurbo,
     MagiHumanAudioVideoPipeline,
     MagiHumanFlowScheduler,
+    MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
 ):
     setattr(diffusers, _class.__name__, _class)

@@ -430,6 +430,7 @@ VIDEO_VAE = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 
 VARIANTS = ("base", "distill", "sr_540p", "sr_1080p")
 VARIANT_FOLDERS = {"base": "base", "distill": "distill", "sr_540p": "540p_sr", "sr_1080p": "1080p_sr"}
+UPSCALE_SIZES = {"sr_540p": (512, 896), "sr_1080p": (1088, 1920)}  # height and width in pixels
 GLOBAL_LAYERS_1080P = (3, 7, 11, 15, 19, 23, 27, 31)
 
 
@@ -943,8 +944,6 @@ def write_repository_files(folder: Path, variant: str, repo_id: str | None) -> N
 
     (folder / "README.md").write_text(make_model_card(variant.replace("_", "-"), repo_id))
     (folder / "NOTICE.md").write_text(make_licence_note())
-    if variant.startswith("sr"):  # the pipeline of super-resolution is not here yet, so its parts are all there is
-        return
 
     classes = {
         "tokenizer": ("transformers", "GemmaTokenizer"),
@@ -956,8 +955,12 @@ def write_repository_files(folder: Path, variant: str, repo_id: str | None) -> N
     }
     if (folder / "vae").is_dir():
         classes["vae"] = ("diffusers", json.loads((folder / "vae" / "config.json").read_text())["_class_name"])
-    index = {"_class_name": "MagiHumanAudioVideoPipeline", "_diffusers_version": diffusers.__version__}
-    index["is_distilled"] = variant == "distill"
+    if variant in UPSCALE_SIZES:
+        height, width = UPSCALE_SIZES[variant]
+        index = {"_class_name": "MagiHumanLatentUpscalePipeline", "default_height": height, "default_width": width}
+    else:
+        index = {"_class_name": "MagiHumanAudioVideoPipeline", "is_distilled": variant == "distill"}
+    index["_diffusers_version"] = diffusers.__version__
     index |= {name: value if (folder / name).is_dir() else (None, None) for name, value in classes.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_repository_code(folder)

@@ -17,16 +17,20 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
+from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .checkpoints import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VARIANTS, VIDEO_VAE, convert_checkpoint
 from .hub import CARD_VARIANTS, make_model_card, write_file
-from .media import check_mp4_path, export_to_mp4, load_images, read_audio
-from .pipeline_magihuman import FRAME_RATE, MagiHumanAudioVideoPipeline
+from .media import check_mp4_path, export_to_mp4, has_sound, load_images, load_videos, read_audio
+from .pipeline_components import FRAME_RATE
+from .pipeline_magihuman import MagiHumanAudioVideoPipeline
+from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
+from .pipeline_output import MagiHumanPipelineOutput
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -75,26 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="magihuman", description="Video of a person speaking, with sound, from a prompt.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="write an mp4 of what a prompt describes")
-    generate.add_argument(
-        "prompt", type=non_empty_text, metavar="PROMPT", help="description, `Dialogue:` and `Background Sound:`"
-    )
-    generate.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub")
-    generate.add_argument("--image", metavar="FILE", help="first frame")
-    generate.add_argument("--audio", metavar="FILE", help="sound that drives the video")
-    generate.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help="default: %(default)s")
-    length = generate.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=seconds, help="length; default: that of --audio, or 5")
-    length.add_argument("--num-frames", type=positive_int, help=f"length in frames, {FRAME_RATE} a second")
-    generate.add_argument("--height", type=pixels, default=256, help="multiple of 32, default: %(default)s")
-    generate.add_argument("--width", type=pixels, default=448, help="multiple of 32, default: %(default)s")
-    generate.add_argument("--steps", type=positive_int, help="default: 32, or 8 for a distilled model")
-    generate.add_argument("--seed", type=int, help="the same seed gives the same video")
-    generate.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
-    generate.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on the cpu float32"
-    )
-    generate.set_defaults(run=run_generate)
+    add_generate(commands)
+    add_upscale(commands)
     add_convert(commands)
 
     card = commands.add_parser("card", help="write the model card of a published variant")
@@ -102,6 +88,52 @@ def make_parser() -> argparse.ArgumentParser:
     card.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
     card.set_defaults(run=run_card)
     return parser
+
+
+def add_generate(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    generate = commands.add_parser("generate", help="write an mp4 of what a prompt describes")
+    generate.add_argument(
+        "prompt", type=non_empty_text, metavar="PROMPT", help="description, `Dialogue:` and `Background Sound:`"
+    )
+    generate.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub")
+    generate.add_argument("--image", metavar="FILE", help="first frame")
+    generate.add_argument("--audio", metavar="FILE", help="sound that drives the video")
+    length = generate.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=seconds, help="length; default: that of --audio, or 5")
+    length.add_argument("--num-frames", type=positive_int, help=f"length in frames, {FRAME_RATE} a second")
+    generate.add_argument("--height", type=pixels, default=256, help="multiple of 32, default: %(default)s")
+    generate.add_argument("--width", type=pixels, default=448, help="multiple of 32, default: %(default)s")
+    generate.add_argument("--steps", type=positive_int, help="default: 32, or 8 for a distilled model")
+    generate.add_argument(
+        "--upscale", metavar="DIR_OR_REPO", help="super-resolution pipeline that the video goes through"
+    )
+    for name in ("height", "width"):
+        generate.add_argument(f"--upscale-{name}", type=pixels, help="default: that of the model for --upscale")
+    add_run_options(generate)
+    generate.set_defaults(run=run_generate)
+
+
+def add_upscale(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    upscale = commands.add_parser("upscale", help="write an mp4 in high resolution")
+    upscale.add_argument("video", metavar="VIDEO", help="video in low resolution, 25 frames a second")
+    upscale.add_argument("prompt", type=non_empty_text, metavar="PROMPT", help="the prompt of the video")
+    upscale.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="super-resolution pipeline")
+    upscale.add_argument("--image", metavar="FILE", help="first frame in high resolution")
+    upscale.add_argument("--audio", metavar="FILE", help="its sound; default: that of VIDEO, if it has any")
+    for name in ("height", "width"):
+        upscale.add_argument(f"--{name}", type=pixels, help="multiple of 32, default: that of the model")
+    upscale.add_argument("--steps", type=positive_int, default=5, help="default: %(default)s")
+    add_run_options(upscale)
+    upscale.set_defaults(run=run_upscale)
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help="default: %(default)s")
+    command.add_argument("--seed", type=int, help="the same seed gives the same video")
+    command.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on the cpu float32"
+    )
 
 
 def add_convert(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
@@ -134,10 +166,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.seconds is not None:
         num_frames = round(arguments.seconds * FRAME_RATE) + 1
 
-    pipe = load_pipeline(arguments.model, arguments.device, arguments.dtype)
-    generator = None
-    if arguments.seed is not None:
-        generator = torch.Generator(pipe.device).manual_seed(arguments.seed)
+    check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline)
+    check_upscale(arguments)
+
+    pipe = load_pipeline(arguments.model, arguments)
+    generator = make_generator(pipe, arguments.seed)
     output = pipe(
         arguments.prompt,
         image=image,
@@ -147,12 +180,46 @@ def run_generate(arguments: argparse.Namespace) -> None:
         num_frames=num_frames,
         num_inference_steps=arguments.steps,
         generator=generator,
+        output_type="latent" if arguments.upscale is not None else lean_output_type(pipe),
     )
-    print(
-        export_to_mp4(
-            output.frames[0], arguments.output, audio=output.audio[0], sampling_rate=pipe.audio_sampling_rate
+    if arguments.upscale is not None:
+        shared = {name: part for name, part in pipe.components.items() if name not in ("transformer", "scheduler")}
+        del pipe  # makes room for the other transformer
+        pipe = load_pipeline(arguments.upscale, arguments, **shared)
+        output = pipe(
+            arguments.prompt,
+            image=image,
+            latents=output.frames,
+            audio_latents=output.audio,
+            height=arguments.upscale_height,
+            width=arguments.upscale_width,
+            generator=generator,
+            output_type=lean_output_type(pipe),
         )
+    write_output(output, pipe, arguments.output)
+
+
+def run_upscale(arguments: argparse.Namespace) -> None:
+    check_mp4_path(arguments.output)
+    video = load_videos(arguments.video, FRAME_RATE)
+    image = None if arguments.image is None else load_images(arguments.image)
+    sound = arguments.audio or (arguments.video if has_sound(arguments.video) else None)
+    audio = None if sound is None else read_audio(sound)
+    check_pipeline("--model", arguments.model, MagiHumanLatentUpscalePipeline)
+
+    pipe = load_pipeline(arguments.model, arguments)
+    output = pipe(
+        arguments.prompt,
+        video=video,
+        image=image,
+        audio=audio,
+        height=arguments.height,
+        width=arguments.width,
+        num_inference_steps=arguments.steps,
+        generator=make_generator(pipe, arguments.seed),
+        output_type=lean_output_type(pipe),
     )
+    write_output(output, pipe, arguments.output)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -184,14 +251,51 @@ def run_card(arguments: argparse.Namespace) -> None:
         write_file(Path(arguments.output), card)
 
 
-def load_pipeline(model: str, device: torch.device | None, dtype: str | None) -> MagiHumanAudioVideoPipeline:
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+def check_pipeline(option: str, model: str, pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:
+    """Reads the index of a pipeline, before anything large is read or computed."""
+    index = DiffusionPipeline.load_config(model)
+    found = index["_class_name"]
+    if found != pipeline_class.__name__:
+        raise ValueError(f"{option} {model!r} holds a {found}, it must hold a {pipeline_class.__name__}.")
+    return index
+
+
+def check_upscale(arguments: argparse.Namespace) -> None:
+    sizes = {name: getattr(arguments, f"upscale_{name}") for name in ("height", "width")}
+    if arguments.upscale is None:
+        if unused := [f"--upscale-{name}" for name, size in sizes.items() if size is not None]:
+            raise ValueError(f"{' and '.join(unused)} must come with --upscale.")
+        return
+    index = check_pipeline("--upscale", arguments.upscale, MagiHumanLatentUpscalePipeline)
+    for name, size in sizes.items():
+        target, source = size or index[f"default_{name}"], getattr(arguments, name)
+        if target < source:
+            raise ValueError(f"--upscale-{name} is {target}, it must not be less than --{name}, {source}.")
+
+
+def load_pipeline(model: str, arguments: argparse.Namespace, **components: Any) -> DiffusionPipeline:
+    target = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype or ("float32" if target.type == "cpu" else "bfloat16"))
     # Rounding its autoencoder is heard in the sound, and it is small.
-    pipe = DiffusionPipeline.from_pretrained(model, dtype={"default": dtype, "audio_vae": torch.float32})
-    if not isinstance(pipe, MagiHumanAudioVideoPipeline):
-        raise ValueError(f"--model {model!r} holds a {type(pipe).__name__}, not a MagiHumanAudioVideoPipeline.")
-    return pipe.to(device)
+    dtype = {"default": dtype, "audio_vae": torch.float32}
+    return DiffusionPipeline.from_pretrained(model, dtype=dtype, **components).to(target)
+
+
+def make_generator(pipe: DiffusionPipeline, seed: int | None) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(pipe.device).manual_seed(seed)
+
+
+def lean_output_type(pipe: DiffusionPipeline) -> str:
+    """Has the light autoencoder decode in tiles and windows, which changes nothing but the memory."""
+    if not isinstance(pipe.vae, AutoencoderKLMagiHumanTurbo):
+        return "np"
+    pipe.vae.enable_tiling()
+    return "stream"
+
+
+def write_output(output: MagiHumanPipelineOutput, pipe: DiffusionPipeline, path: str) -> None:
+    sound = None if output.audio is None else output.audio[0]
+    print(export_to_mp4(output.frames[0], path, audio=sound, sampling_rate=pipe.audio_sampling_rate))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -205,7 +205,7 @@ CARD_FACTS = {
         "8 stochastic steps, no guidance",
     ),
     "sr-540p": CardFacts(
-        "transformer",
+        "upscale",
         "video-to-video",
         ["super-resolution"],
         "super-resolution to 540p",
@@ -215,7 +215,7 @@ CARD_FACTS = {
         "5 steps from noise index 220, guidance off",
     ),
     "sr-1080p": CardFacts(
-        "transformer",
+        "upscale",
         "video-to-video",
         ["super-resolution"],
         "super-resolution to 1080p",

@@ -40,6 +40,7 @@ from diffusers.utils import load_image
 
 
 ImageInput = str | os.PathLike[str] | PIL.Image.Image | np.ndarray | torch.Tensor
+VideoInput = str | os.PathLike[str] | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
 AudioInput = str | os.PathLike[str] | tuple[np.ndarray | torch.Tensor, int]
 
 AAC_SAMPLING_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -152,6 +153,12 @@ def _to_rgb_frames(frames: Iterable) -> Iterator[np.ndarray]:
 
 def _to_rgb(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> np.ndarray:
     """Converts one frame to uint8 `(height, width, 3)`."""
+    array = _to_frame(frame, name)
+    return array if array.dtype == np.uint8 else (array.clip(0, 1).astype(np.float32) * 255).astype(np.uint8)
+
+
+def _to_frame(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> np.ndarray:
+    """Checks one frame and returns it as `(height, width, 3)`, uint8 or floats without NaN."""
     is_tensor = isinstance(frame, torch.Tensor)
     array = _to_numpy(frame)
     if array.ndim != 3 or array.shape[0 if is_tensor else 2] != 3:
@@ -162,7 +169,6 @@ def _to_rgb(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> np
     if array.dtype.kind == "f":
         if np.isnan(array).any():
             raise ValueError(f"`{name}` holds NaN, allowed are floats in [0, 1].")
-        array = (array.clip(0, 1).astype(np.float32) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(f"`{name}` has dtype {array.dtype}, allowed are floats in [0, 1] and uint8.")
     return array.transpose(1, 2, 0) if is_tensor else array
@@ -204,6 +210,98 @@ def _load_image(image: ImageInput) -> PIL.Image.Image:
     raise ValueError(
         f"`image` is a {type(image).__name__}, allowed are a path, a PIL image, an array, a tensor or a list of these."
     )
+
+
+def load_videos(video: VideoInput | list[VideoInput], frame_rate: int) -> list[torch.Tensor]:
+    """
+    Reads one video or several.
+
+    Args:
+        video: A path; an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8; a float tensor
+            `(num_frames, 3, height, width)` in [0, 1]; or a list of frames, each a PIL image, an array or a tensor of
+            those shapes. Also a list of these, or an array or tensor with a leading axis, for several videos.
+        frame_rate: Frames per second that a file must have.
+
+    Returns:
+        `list[torch.Tensor]`: float32 of shape `(num_frames, 3, height, width)` in [0, 1].
+
+    Raises:
+        ValueError: If an item is none of the above or empty, its frames differ in size, or a file has another rate.
+        OSError: If a file is missing or is no video.
+    """
+    is_array = isinstance(video, np.ndarray | torch.Tensor)
+    if is_array and video.ndim == 5:
+        videos = list(video)
+    elif (
+        isinstance(video, list) and video and (isinstance(video[0], list | str | os.PathLike) or _ndim(video[0]) == 4)
+    ):
+        videos = video
+    else:
+        videos = [video]
+    return [_load_video(item, frame_rate) for item in videos]
+
+
+def _ndim(item: object) -> int | None:
+    return item.ndim if isinstance(item, np.ndarray | torch.Tensor) else None
+
+
+def _load_video(video: VideoInput, frame_rate: int) -> torch.Tensor:
+    if isinstance(video, str | os.PathLike):
+        video, rate = read_video(video)
+        if rate != frame_rate:
+            raise ValueError(f"`video` has {rate:g} frames a second, it must have {frame_rate}.")
+    if not (isinstance(video, list) or _ndim(video) == 4) or not len(video):
+        shape = "" if _ndim(video) is None else f" of shape {tuple(video.shape)}"
+        raise ValueError(
+            f"`video` is a {type(video).__name__}{shape}, allowed are a path, an array (num_frames, height, width, 3),"
+            " a tensor (num_frames, 3, height, width), or a list of frames."
+        )
+    frames = [_to_float_frame(frame, f"video[{index}]") for index, frame in enumerate(video)]
+    if sizes := {tuple(frame.shape[1:]) for frame in frames} - {tuple(frames[0].shape[1:])}:
+        raise ValueError(
+            f"`video` has frames of {[*sizes, tuple(frames[0].shape[1:])]} pixels, all must have the same size."
+        )
+    return torch.stack(frames)
+
+
+def _to_float_frame(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> torch.Tensor:
+    """Converts one frame to float32 `(3, height, width)`, floats unrounded."""
+    array = _to_frame(frame, name)
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array.transpose(2, 0, 1) / np.float32(255))
+    return torch.from_numpy(array.clip(0, 1).astype(np.float32).transpose(2, 0, 1))
+
+
+def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
+    """
+    Reads the frames of a video file.
+
+    Returns:
+        `tuple`: uint8 frames `(num_frames, height, width, 3)` and how many there are in a second.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If the file holds no readable video, or ffmpeg finds it damaged.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"`video` is {os.fspath(path)!r}, but there is no such file.")
+    with tempfile.TemporaryDirectory() as folder:
+        raw = os.path.join(folder, "video.rgb")
+        try:
+            meta = next(imageio_ffmpeg.read_frames(os.path.abspath(path)))
+            # -xerror: a damaged file fails instead of losing a part
+            _run_ffmpeg(
+                ["-xerror", "-i", os.path.abspath(path), "-map", "0:v:0", "-pix_fmt", "rgb24", "-f", "rawvideo", raw]
+            )
+        except (OSError, StopIteration) as error:
+            raise OSError(f"`video` is {os.fspath(path)!r}, which holds no readable video.") from error
+        width, height = meta["size"]
+        return np.fromfile(raw, dtype=np.uint8).reshape(-1, height, width, 3), meta["fps"]
+
+
+def has_sound(path: str | os.PathLike[str]) -> bool:
+    """Whether a video file, which must be readable, has an audio stream."""
+    return "audio_codec" in next(imageio_ffmpeg.read_frames(os.path.abspath(path)))
 
 
 def crop_to_aspect(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:

@@ -11,12 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the pipelines share: their output, and the names under which their components are saved."""
+"""What the pipelines return."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
@@ -29,31 +28,17 @@ class MagiHumanPipelineOutput(BaseOutput):
     Output of the MagiHuman pipelines.
 
     Args:
-        frames (`torch.Tensor`, `np.ndarray` or `list[list[PIL.Image.Image]]`):
+        frames (`torch.Tensor`, `np.ndarray`, `list[list[PIL.Image.Image]]` or `list[Iterator[np.ndarray]]`):
             Videos at 25 frames a second: `(batch_size, num_frames, height, width, 3)` for `"np"`,
             `(batch_size, num_frames, 3, height, width)` for `"pt"`, both in [0, 1]; a list of frames for each video
-            for `"pil"`; latents `(batch_size, channels, latent_frames, latent_height, latent_width)` for `"latent"`.
-        audio (`torch.Tensor` or `np.ndarray`):
-            Sound, `(batch_size, 2, num_samples)` in about [-1, 1] at the pipeline's `audio_sampling_rate`: a tensor
-            for `"pt"`, an array for `"np"` and `"pil"`; latents `(batch_size, audio_length, channels)` for
+            for `"pil"`; for `"stream"` an iterator for each video, which decodes as it is consumed and gives the
+            frames of `"np"`; latents `(batch_size, channels, latent_frames, latent_height, latent_width)` for
             `"latent"`.
+        audio (`torch.Tensor` or `np.ndarray`, *optional*):
+            Sound, `(batch_size, 2, num_samples)` in about [-1, 1] at the pipeline's `audio_sampling_rate`: a tensor
+            for `"pt"`, an array for `"np"`, `"pil"` and `"stream"`; latents `(batch_size, audio_length, channels)`
+            for `"latent"`. `None` where a video without sound was upscaled.
     """
 
-    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
-    audio: torch.Tensor | np.ndarray
-
-
-class RegisteredComponentsMixin:
-    """Saves this package's components as `["diffusers", ClassName]`, the only form that loads from the Hub."""
-
-    def register_to_config(self, **kwargs: Any) -> None:
-        for name, value in kwargs.items():
-            if (
-                isinstance(value, (tuple, list))
-                and len(value) == 2
-                and isinstance(value[0], str)
-                and value[0].split(".")[0] in ("diffusers_magihuman", "diffusers_modules")
-                and hasattr(diffusers, value[1])
-            ):
-                kwargs[name] = ("diffusers", value[1])
-        super().register_to_config(**kwargs)
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]] | list[Iterator[np.ndarray]]
+    audio: torch.Tensor | np.ndarray | None
