@@ -134,8 +134,8 @@ def make_tiny_upscale_pipeline() -> MagiHumanLatentUpscalePipeline:
         scheduler=MagiHumanFlowScheduler(),
         vae=make_turbo_vae(),
         audio_vae=make_audio_vae(),
-        default_height=128,
-        default_width=192,
+        default_height=288,
+        default_width=480,
     )
 
 
@@ -144,7 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("output", help="directory to write")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--distilled", action="store_true", help="8 stochastic steps without guidance")
-    kind.add_argument("--upscale", action="store_true", help="super-resolution of latents, to 128x192 unless told")
+    kind.add_argument("--upscale", action="store_true", help="super-resolution of latents, to 288x480 unless told")
     arguments = parser.parse_args()
     pipe = make_tiny_upscale_pipeline() if arguments.upscale else make_tiny_pipeline(arguments.distilled)
     pipe.save_pretrained(arguments.output)

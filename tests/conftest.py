@@ -68,3 +68,10 @@ def tiny_pipeline_dir(tiny_distilled_pipeline, tmp_path_factory):
     path = tmp_path_factory.mktemp("pipelines") / "tiny"
     tiny_distilled_pipeline.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_upscale_dir(tiny_upscale_pipeline, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipelines") / "tiny-upscale"
+    tiny_upscale_pipeline.save_pretrained(path)
+    return path

@@ -10,6 +10,7 @@ import soundfile
 from conftest import PROMPT
 from test_media import peak_frequency, read_header, read_sound, read_video
 
+from diffusers_magihuman import export_to_mp4
 from diffusers_magihuman.cli import main
 
 
@@ -60,6 +61,88 @@ def test_same_seed_gives_the_same_file(tiny_pipeline_dir, tmp_path):
     for name in ("a", "b"):
         assert generate(tiny_pipeline_dir, PROMPT, tmp_path / f"{name}.mp4", "--num-frames", 5) == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_generate_goes_through_an_upscale_pipeline(tiny_pipeline_dir, tiny_upscale_dir, inputs, tmp_path):
+    prompt, portrait, _ = inputs
+    options = ["--num-frames", 9, "--upscale", tiny_upscale_dir, "--image", portrait]
+    assert generate(tiny_pipeline_dir, prompt, tmp_path / "high.mp4", *options) == 0
+    assert generate(tiny_pipeline_dir, prompt, tmp_path / "low.mp4", "--num-frames", 9, "--image", portrait) == 0
+    high = read_video(tmp_path / "high.mp4", 288, 480)
+    assert len(high) == 9
+    # The sound is that of the base.
+    assert np.array_equal(read_sound(tmp_path / "high.mp4"), read_sound(tmp_path / "low.mp4"))
+    options += ["--upscale-height", 64, "--upscale-width", 128]
+    assert generate(tiny_pipeline_dir, prompt, tmp_path / "other.mp4", *options) == 0
+    assert len(read_video(tmp_path / "other.mp4", 64, 128)) == 9
+
+
+@pytest.mark.parametrize("has_sound", [True, False])
+def test_upscale_writes_a_video_that_plays(has_sound, tiny_upscale_dir, tmp_path):
+    sound = (0.3 * np.sin(2 * np.pi * 220 * np.arange(15876) / 44100)).astype(np.float32)
+    frames = np.random.default_rng(0).random((9, 32, 64, 3))
+    export_to_mp4(frames, tmp_path / "low.mp4", audio=sound if has_sound else None)
+    command = ["upscale", tmp_path / "low.mp4", PROMPT, "--model", tiny_upscale_dir, "--steps", 2, "--seed", 0]
+    command = [str(part) for part in [*command, "--height", 64, "--width", 96, "-o", tmp_path / "high.mp4"]]
+    assert main(command) == 0
+    assert len(read_video(tmp_path / "high.mp4", 64, 96)) == 9
+    assert ("Audio: aac" in read_header(tmp_path / "high.mp4")) == has_sound
+    if has_sound:
+        assert peak_frequency(read_sound(tmp_path / "high.mp4")[:, 0], 44100) == pytest.approx(220, abs=4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--upscale", "BASE"], "holds a MagiHumanAudioVideoPipeline, it must hold a MagiHumanLatentUpscalePipeline"),
+        (["--model", "UPSCALE"], "holds a MagiHumanLatentUpscalePipeline, it must hold a MagiHumanAudioVideoPipeline"),
+        (["--upscale", "./missing-model"], "missing-model"),
+        (["--upscale-height", "64"], "--upscale-height must come with --upscale"),
+        (
+            ["--upscale", "UPSCALE", "--upscale-width", "64"],
+            "--upscale-width is 64, it must not be less than --width, 96",
+        ),
+        (
+            ["--upscale", "UPSCALE", "--height", "160"],
+            "--upscale-height is 128, it must not be less than --height, 160",
+        ),
+        (["--upscale", "UPSCALE", "--upscale-width", "100"], "argument --upscale-width: 100 must be a multiple of 32"),
+    ],
+)
+def test_bad_upscale_is_found_before_anything_runs(
+    arguments, message, tiny_pipeline_dir, tiny_upscale_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"BASE": str(tiny_pipeline_dir), "UPSCALE": str(tiny_upscale_dir)}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    try:
+        status = generate(tiny_pipeline_dir, PROMPT, tmp_path / "out.mp4", *arguments)
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2 and message in captured.err and len(captured.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "video, model, message",
+    [
+        ("missing.mp4", "UPSCALE", "`video` is 'missing.mp4', but there is no such file"),
+        ("low.mp4", "BASE", "--model .* holds a MagiHumanAudioVideoPipeline, it must hold a MagiHumanLatentUpscale"),
+        ("low.mp4", "UPSCALE", r"`video` has shape \[\(6, 3, 32, 64\)\] .* frames must be 4 \* k \+ 1"),
+    ],
+)
+def test_bad_video_is_one_line(
+    video, model, message, tiny_pipeline_dir, tiny_upscale_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    export_to_mp4(np.zeros((6, 32, 64, 3)), "low.mp4")
+    model = {"BASE": tiny_pipeline_dir, "UPSCALE": tiny_upscale_dir}[model]
+    capsys.readouterr()
+    assert main(["upscale", video, PROMPT, "--model", str(model), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error) and error.startswith("magihuman: error:")
+    assert not (tmp_path / "out.mp4").exists()
 
 
 @pytest.mark.parametrize(

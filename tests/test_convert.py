@@ -12,9 +12,15 @@ import torch
 from conftest import load_golden, load_golden_weights
 from diffusers import DiffusionPipeline
 from layouts import all_bf16, all_fp32, fp8, split, write_external_repositories, write_file, write_shards
+from test_latent_upscale import run as upscale
 from test_pipeline import assert_same, run
 
-from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanTransformer3DModel, checkpoints
+from diffusers_magihuman import (
+    MagiHumanAudioVideoPipeline,
+    MagiHumanLatentUpscalePipeline,
+    MagiHumanTransformer3DModel,
+    checkpoints,
+)
 from diffusers_magihuman.checkpoints import convert_checkpoint, load_original_transformer
 from diffusers_magihuman.cli import main
 
@@ -85,6 +91,20 @@ def test_converted_repository_is_a_pipeline(source, parts, tmp_path):
             golden["in.video_latent"], golden["in.audio_latent"], golden["in.text"][:, : info["text_len"]]
         )
     torch.testing.assert_close(velocity.sample, golden["fp32.out.video"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant, size", [("sr_540p", (512, 896)), ("sr_1080p", (1088, 1920))])
+def test_converted_super_resolution_is_a_pipeline(variant, size, parts, tmp_path):
+    write_file(load_golden_weights("dit_sr"), tmp_path / "weights.safetensors")
+    source = tmp_path / "weights.safetensors"
+    output = convert_checkpoint(source, tmp_path / "out", variant=variant, dtype=torch.float32, **parts)
+    assert {path.name for path in output.iterdir()} >= {"model_index.json", "pipeline.py", "magihuman_bundle.py"}
+    pipe = DiffusionPipeline.from_pretrained(output)
+    assert isinstance(pipe, MagiHumanLatentUpscalePipeline)
+    assert (pipe.config.default_height, pipe.config.default_width) == size
+    expected = MagiHumanLatentUpscalePipeline.from_original(source, variant=variant, dtype=torch.float32, **parts)
+    low = {"latents": torch.randn(1, 4, 3, 2, 4), "audio_latents": torch.randn(1, 9, 8), "output_type": "np"}
+    assert_same(upscale(pipe, **low), upscale(expected, **low))
 
 
 def test_parts_left_out_are_given_when_loading(source, parts, tmp_path):

@@ -19,7 +19,12 @@ from huggingface_hub.utils import validate_repo_id
 from test_pipeline import run
 from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanAudioVideoPipeline, MagiHumanTransformer3DModel
+from diffusers_magihuman import (
+    AutoencoderKLMagiHumanTurbo,
+    MagiHumanAudioVideoPipeline,
+    MagiHumanLatentUpscalePipeline,
+    MagiHumanTransformer3DModel,
+)
 from diffusers_magihuman.cli import main
 from diffusers_magihuman.hub import (
     CARD_VARIANTS,
@@ -79,7 +84,7 @@ def test_bundle_holds_the_sources_and_imports_nothing_relative():
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert defined >= set(REGISTERED)
     assert bundle == make_bundle()
-    for name in ("transformer_magihuman", "pipeline_magihuman", "media"):
+    for name in ("transformer_magihuman", "pipeline_components", "pipeline_magihuman_latent_upscale", "media"):
         source = (ROOT / "src" / "diffusers_magihuman" / f"{name}.py").read_text()
         for node in ast.parse(source).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -121,12 +126,13 @@ def test_what_cannot_be_flattened_is_an_error(second, message):
         flatten_sources({"first": '"""First."""\nsize = 1\n', "second": '"""Second."""\n' + second})
 
 
-def test_pipeline_file_exposes_one_pipeline():
+@pytest.mark.parametrize("pipeline", [MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline])
+def test_pipeline_file_exposes_one_pipeline(pipeline):
     module = ModuleType("pipeline")
     # As when another local directory was loaded before: Diffusers runs both files in the same module.
     module.Earlier = type("Earlier", (MagiHumanAudioVideoPipeline,), {"__module__": "diffusers_modules"})
-    exec(make_pipeline_file("MagiHumanAudioVideoPipeline"), vars(module))
-    assert find_pipeline_class(module) is MagiHumanAudioVideoPipeline
+    exec(make_pipeline_file(pipeline.__name__), vars(module))
+    assert find_pipeline_class(module) is pipeline
 
 
 def test_repository_loads_without_the_package(published, tiny_distilled_pipeline, tmp_path):

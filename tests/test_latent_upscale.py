@@ -272,7 +272,7 @@ def test_default_size_is_saved(tiny_upscale_pipeline, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(loaded, MagiHumanLatentUpscalePipeline)
     output = run(loaded, height=None, width=None)
-    assert output.frames.shape[3:] == (8, 12)  # 128x192
+    assert output.frames.shape[3:] == (18, 30)  # 288x480
     assert_same(output, run(tiny_upscale_pipeline, height=None, width=None))
 
 

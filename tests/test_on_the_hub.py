@@ -10,6 +10,7 @@ from conftest import DATA, PROMPT, load_golden, load_golden_weights
 from hub_server import HubServer
 from layouts import dequantised, fp8, write_external_repositories, write_repositories
 from test_hub import WITHOUT_PACKAGE
+from test_latent_upscale import run as upscale
 from test_layouts import expected_model, outputs
 from test_pipeline import run
 
@@ -17,12 +18,13 @@ from diffusers_magihuman.hub import write_repository_code
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_distilled_pipeline, tmp_path_factory):
+def hub(tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     write_repositories(root)
     write_external_repositories(root)
-    tiny_distilled_pipeline.save_pretrained(root / "magihuman" / "tiny")
-    write_repository_code(root / "magihuman" / "tiny")
+    for name, pipe in (("tiny", tiny_distilled_pipeline), ("tiny-upscale", tiny_upscale_pipeline)):
+        pipe.save_pretrained(root / "magihuman" / name)
+        write_repository_code(root / "magihuman" / name)
     with HubServer(root) as server:
         yield server
 
@@ -112,6 +114,39 @@ pipe = DiffusionPipeline.from_pretrained("magihuman/tiny"{trust})
         assert result.returncode == 0, result.stderr
         frames, audio = torch.load(tmp_path / "output.pt", weights_only=True)
         assert torch.equal(frames, expected.frames) and torch.equal(audio, expected.audio)
+
+
+@pytest.mark.parametrize("has_package", [True, False])
+def test_upscale_in_our_format_and_from_the_original(has_package, hub, tiny_upscale_pipeline, tmp_path):
+    latents, audio_latents = torch.randn(1, 8, 3, 2, 4), torch.randn(1, 9, 8)
+    torch.save([latents, audio_latents], tmp_path / "low.pt")
+    trust = "" if has_package else ', custom_pipeline="pipeline", trust_remote_code=True'
+    script = "import diffusers_magihuman" if has_package else WITHOUT_PACKAGE
+    script += f"""
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("magihuman/tiny-upscale"{trust})
+latents, audio_latents = torch.load({str(tmp_path / "low.pt")!r}, weights_only=True)
+def run(pipe):
+    return pipe({PROMPT!r}, latents=latents[:, : pipe.transformer.config.in_channels], audio_latents=audio_latents,
+                height=64, width=96, num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+                output_type="latent")
+torch.save(run(pipe).frames, {str(tmp_path / "output.pt")!r})
+"""
+    if has_package:
+        script += """
+pipe = diffusers_magihuman.MagiHumanLatentUpscalePipeline.from_original(
+    "GAIR/daVinci-MagiHuman", variant="sr_1080p", dtype=torch.float32)
+assert run(pipe).frames.shape == (1, 4, 3, 4, 6) and pipe.config.default_height == 1088
+"""
+    hub.downloads.clear()
+    result = run_script(hub, tmp_path / "cache", script)
+    assert result.returncode == 0, result.stderr
+    expected = upscale(tiny_upscale_pipeline, latents=latents, audio_latents=audio_latents)
+    assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), expected.frames)
+    folders = {"/".join(name.split("/")[:3]) for name in hub.downloads if name.startswith("GAIR")}
+    wanted = {"GAIR/daVinci-MagiHuman/1080p_sr", "GAIR/daVinci-MagiHuman/turbo_vae"}
+    assert folders == (wanted if has_package else set())
 
 
 FROM_ORIGINAL = """

@@ -10,10 +10,15 @@ import torch
 from conftest import PROMPT, load_golden, load_golden_weights
 from diffusers import AutoencoderKLWan
 from layouts import write_external_repositories, write_repositories, write_turbo_vae
+from test_latent_upscale import run as upscale
 from test_pipeline import assert_same, run
 from transformers import T5GemmaEncoderModel
 
-from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanAudioVideoPipeline
+from diffusers_magihuman import (
+    AutoencoderKLMagiHumanTurbo,
+    MagiHumanAudioVideoPipeline,
+    MagiHumanLatentUpscalePipeline,
+)
 from diffusers_magihuman.checkpoints import (
     convert_turbo_vae_state_dict,
     load_original_turbo_vae,
@@ -139,6 +144,26 @@ def test_from_original_in_bf16_keeps_fp32_parts(repositories, tmp_path):
     assert_same(run(MagiHumanAudioVideoPipeline.from_pretrained(tmp_path, dtype=dtype)), run(pipe))
 
 
-def test_from_original_refuses_super_resolution(repositories):
+@pytest.mark.parametrize("turbo", [True, False])
+@pytest.mark.parametrize("variant, size", [("sr_540p", (512, 896)), ("sr_1080p", (1088, 1920))])
+def test_upscale_from_original_with_local_directories(variant, size, turbo, repositories):
+    sources = local_sources(repositories)
+    pipe = MagiHumanLatentUpscalePipeline.from_original(
+        variant=variant, dtype=torch.float32, turbo_vae=sources["path_or_repo"] if turbo else None, **sources
+    )
+    assert (pipe.config.default_height, pipe.config.default_width) == size
+    assert pipe.transformer.config.coordinate_style == "v1"
+    assert bool(pipe.transformer.config.local_attention_layers) == (variant == "sr_1080p")
+    assert pipe.scheduler.config.sampler == "unipc"
+    assert type(pipe.vae).__name__ == ("AutoencoderKLMagiHumanTurbo" if turbo else "AutoencoderKLWan")
+    low = {"latents": torch.randn(1, 4, 3, 2, 4), "audio_latents": torch.randn(1, 9, 8)}
+    output = upscale(pipe, **low, output_type="np")
+    assert output.frames.shape == (1, 9, 64, 96, 3) and output.audio.shape[:2] == (1, 2)
+
+
+def test_from_original_refuses_the_other_pipelines_variants(repositories):
+    source = repositories / "GAIR" / "daVinci-MagiHuman"
     with pytest.raises(ValueError, match="`variant`='sr_540p' must be 'base' or 'distill'"):
-        MagiHumanAudioVideoPipeline.from_original(repositories / "GAIR" / "daVinci-MagiHuman", subfolder="540p_sr")
+        MagiHumanAudioVideoPipeline.from_original(source, subfolder="540p_sr")
+    with pytest.raises(ValueError, match=r"`variant`='distill' must be one of \('sr_540p', 'sr_1080p'\)"):
+        MagiHumanLatentUpscalePipeline.from_original(source, subfolder="distill")

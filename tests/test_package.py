@@ -29,7 +29,7 @@ assert MagiHumanTransformer3DModel is diffusers_magihuman.MagiHumanTransformer3D
 """
     added, modules = run_python("-c", script).stdout.split("\n")[:2]
     registered = "AutoencoderKLMagiHumanTurbo MagiHumanAudioVideoPipeline MagiHumanFlowScheduler "
-    registered += "MagiHumanTransformer3DModel"
+    registered += "MagiHumanLatentUpscalePipeline MagiHumanTransformer3DModel"
     # Reaching a class of Diffusers makes its subpackages attributes too.
     assert [name for name in added.split() if name[0].isupper() and "Magi" in name] == registered.split()
     assert modules == ""

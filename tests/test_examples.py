@@ -1,0 +1,184 @@
+"""Pipelines one after the other: every example of chaining runs on tiny models and writes an mp4 that plays."""
+
+import runpy
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from make_tiny_pipeline import make_text_encoder, make_wan_vae
+from test_media import read_header, read_sound, read_video
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
+
+import diffusers_magihuman
+from diffusers_magihuman import MagiHumanAudioVideoPipeline
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FRAME_SAMPLES = 1764  # of sound at 44100 Hz, in one frame
+
+
+@pytest.fixture
+def run_example(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return tmp_path / f"{name}.mp4"
+
+    return run
+
+
+def save_text_to_image(path):
+    characters = string.ascii_letters + string.digits + string.punctuation
+    tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *(f"{character}</w>" for character in characters)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    text_config = CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    channels = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **channels
+        ),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77),
+        unet=UNet2DConditionModel(
+            sample_size=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            **channels,
+        ),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+
+
+def save_wan(path):
+    """Wan 2.2 with the autoencoder of 16 pixels a latent, whose latents are those of our tiny pipelines."""
+    tokenizer, _ = make_text_encoder(hidden_size=16)
+    text_config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text_config),
+        vae=make_wan_vae(),
+        scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=8,
+            out_channels=8,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=1,
+        ),
+        expand_timesteps=True,
+    ).save_pretrained(path)
+
+
+def check_video(path, num_frames, height, width, fps=25):
+    assert f"{fps} fps" in read_header(path)
+    video = read_video(path, height, width)
+    assert len(video) == num_frames and video.std() > 1
+    return video
+
+
+def check_sound(path, num_frames):
+    """The container's length is exact; the stream is padded to whole AAC frames."""
+    sound = read_sound(path)
+    assert 0 <= len(sound) - num_frames * FRAME_SAMPLES < 1024 and sound.std() > 1e-4
+    return sound
+
+
+def test_image_then_video(run_example, tiny_pipeline_dir, tmp_path):
+    save_text_to_image(tmp_path / "image")
+    video = run_example("image_then_video", tmp_path / "image", tiny_pipeline_dir, 5)
+    check_video(video, 5, 256, 448)
+    check_sound(video, 5)
+
+
+def test_base_then_upscale(run_example, tiny_pipeline_dir, tiny_upscale_dir):
+    video = run_example("base_then_upscale", tiny_pipeline_dir, tiny_upscale_dir, 5)
+    check_video(video, 5, 288, 480)
+    check_sound(video, 5)
+
+
+def test_shared_embeddings(run_example, tiny_pipeline_dir, tiny_upscale_dir):
+    video = run_example("shared_embeddings", tiny_pipeline_dir, tiny_upscale_dir, 5)
+    check_video(video, 5, 512, 896)
+    check_sound(video, 5)
+
+
+def test_wan_then_upscale(run_example, tiny_upscale_dir, tmp_path):
+    save_wan(tmp_path / "wan")
+    video = run_example("wan_then_upscale", tmp_path / "wan", tiny_upscale_dir, 5)
+    check_video(video, 5, 288, 480, fps=24)
+    assert "Audio" not in read_header(video)
+
+
+def test_long_video(run_example, tiny_pipeline_dir, monkeypatch):
+    """Three clips of nine frames: two are shared, and so is the sound of their time."""
+    images, clips, exported = [], [], []
+    call, export = MagiHumanAudioVideoPipeline.__call__, diffusers_magihuman.export_to_mp4
+
+    def recording_call(self, *args, **kwargs):
+        output = call(self, *args, **kwargs)
+        images.append(kwargs["image"])
+        clips.append((output.frames[0], output.audio[0].copy()))
+        return output
+
+    def recording_export(frames, path, audio, **kwargs):
+        exported.extend([np.stack(frames), audio])
+        return export(frames, path, audio, **kwargs)
+
+    monkeypatch.setattr(MagiHumanAudioVideoPipeline, "__call__", recording_call)
+    monkeypatch.setattr(diffusers_magihuman, "export_to_mp4", recording_export)
+    path = run_example("long_video", tiny_pipeline_dir, 9)
+    num_frames = 3 * 9 - 2
+    check_video(path, num_frames, 256, 448)
+    check_sound(path, num_frames)
+
+    frames, sound = exported
+    assert images[0] is None
+    assert all(np.array_equal(image, clip[-1]) for image, (clip, _) in zip(images[1:], clips[:-1], strict=True))
+    assert np.array_equal(frames, np.concatenate([clips[0][0], clips[1][0][1:], clips[2][0][1:]]))
+
+    assert sound.shape == (2, num_frames * FRAME_SAMPLES)
+    for index, (_, own) in enumerate(clips):
+        placed = sound[:, index * 8 * FRAME_SAMPLES :][:, : 9 * FRAME_SAMPLES]
+        assert np.array_equal(placed[:, FRAME_SAMPLES:-FRAME_SAMPLES], own[:, FRAME_SAMPLES:-FRAME_SAMPLES])
+        if index:
+            before = clips[index - 1][1][:, -FRAME_SAMPLES:]
+            fade = np.linspace(0, 1, FRAME_SAMPLES)
+            mixed = before * (1 - fade) + own[:, :FRAME_SAMPLES] * fade
+            np.testing.assert_allclose(placed[:, :FRAME_SAMPLES], mixed, atol=1e-6)
+
+
+def test_every_example_is_short_and_tested():
+    tested = Path(__file__).read_text() + (Path(__file__).parent / "test_package.py").read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert path.stem in tested
+        assert path.stem == "make_tiny_pipeline" or len(path.read_text().splitlines()) <= 30
