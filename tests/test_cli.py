@@ -103,8 +103,8 @@ def test_upscale_writes_a_video_that_plays(has_sound, tiny_upscale_dir, tmp_path
             "--upscale-width is 64, it must not be less than --width, 96",
         ),
         (
-            ["--upscale", "UPSCALE", "--height", "160"],
-            "--upscale-height is 128, it must not be less than --height, 160",
+            ["--upscale", "UPSCALE", "--height", "320"],
+            "--upscale-height is 288, it must not be less than --height, 320",
         ),
         (["--upscale", "UPSCALE", "--upscale-width", "100"], "argument --upscale-width: 100 must be a multiple of 32"),
     ],

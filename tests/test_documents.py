@@ -22,6 +22,7 @@ SUBSTITUTIONS = {
     '"cuda"': '"cpu"',
     "torch.bfloat16": "torch.float32",
     ".enable_model_cpu_offload()": '.to("cpu")',
+    "height=1088, width=1920": "height=64, width=96",
     "pipe(prompt, ": "pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, ",
 }
 

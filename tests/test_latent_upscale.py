@@ -146,6 +146,16 @@ def test_batch_equals_single_runs(tiny_upscale_pipeline):
         torch.testing.assert_close(batch.frames[i : i + 1], single.frames, atol=1e-4, rtol=0)
 
 
+def test_one_video_for_several_prompts(tiny_upscale_pipeline):
+    prompts = ["One.", "Another prompt."]
+    batch = run(tiny_upscale_pipeline, prompts, generator=[seeded(), seeded()], output_type="np")
+    assert len(batch.frames) == len(batch.audio) == 2
+    for i, prompt in enumerate(prompts):
+        single = run(tiny_upscale_pipeline, prompt, output_type="np")
+        assert np.abs(batch.frames[i] - single.frames[0]).max() < 1e-4
+        assert np.abs(batch.audio[i] - single.audio[0]).max() < 1e-5
+
+
 def test_guidance_of_leading_frames(tiny_upscale_pipeline):
     scales = []
     predict = tiny_upscale_pipeline.predict_velocity
@@ -338,8 +348,8 @@ LATENTS, AUDIO_LATENTS = make_low()
             {"audio_latents": torch.zeros(1, 13, 8)},
             "`audio_latents` has length 13, .* 3 latent frames .* last 9 to 12",
         ),
-        ({"audio_latents": torch.zeros(2, 9, 8)}, r"`audio_latents` has shape .* must have shape \(1, any, 8\)"),
-        ({"audio_latents": torch.zeros(1, 9, 7)}, r"`audio_latents` has shape .* must have shape \(1, any, 8\)"),
+        ({"audio_latents": torch.zeros(2, 9, 8)}, "`audio_latents` has 2 items, but must have 1, one for each prompt"),
+        ({"audio_latents": torch.zeros(1, 9, 7)}, r"`audio_latents` has shape .* must have shape \(any, any, 8\)"),
         ({"height": 50}, "`height`=50 must be a positive multiple of 32"),
         ({"width": 1080.0}, "`width`=1080.0 must be a positive multiple of 32"),
         ({"width": 32}, "`height`=64 and `width`=32 must not be less than those .* upscaled, 32 and 64"),
@@ -349,7 +359,11 @@ LATENTS, AUDIO_LATENTS = make_low()
         ({"noise_level": 0.5}, "`noise_level`=0.5 must be an integer in 0 to 999"),
         ({"num_leading_frames": -1}, "`num_leading_frames`=-1 must be an integer in 0 to"),
         ({"audio_noise_scale": 1.5}, "`audio_noise_scale`=1.5 must be in 0 to 1"),
-        ({"prompt": ["a", "b"]}, "There are 2 prompts, whose number must divide that of videos, 1"),
+        ({"prompt": ["a", "b"], "latents": LATENTS.expand(3, -1, -1, -1, -1)}, "There are 2 prompts for 3 videos"),
+        (
+            {"prompt": ["a", "b", "c"], "latents": LATENTS.expand(2, -1, -1, -1, -1)},
+            "There are 3 prompts for 2 videos",
+        ),
         ({"prompt": ""}, "`prompt`='' must be a non-empty string"),
         ({"latents": None}, "Exactly one of `latents` and `video` must be given"),
         ({"latents": LATENTS, "video": torch.rand(5, 3, 32, 64)}, "Exactly one of `latents` and `video`"),

@@ -223,18 +223,20 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
         decoders = () if output_type == "latent" else ("vae", "audio_vae") if has_sound else ("vae",)
         self.check_components(prompt, negative_prompt_embeds, decoders)
 
-        batch_size, latent_frames = self._check_source(latents, videos, height, width)
+        num_sources, latent_frames = self._check_source(latents, videos, height, width)
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         masks = {"prompt_embeds": prompt_embeds_mask, "negative_prompt_embeds": negative_prompt_embeds_mask}
         num_prompts = self.check_prompts(prompt, negative_prompt, embeds, masks)
-        if batch_size % num_prompts:
+        batch_size = max(num_sources, num_prompts)
+        if num_sources not in (1, batch_size) or batch_size % num_prompts:
             raise ValueError(
-                f"There are {num_prompts} prompts, whose number must divide that of videos, {batch_size}."
+                f"There are {num_prompts} prompts for {num_sources} videos; one of these numbers must be 1, or the"
+                " prompts divide the videos."
             )
 
         config = self.transformer.config
         if audio_latents is not None:
-            check_tensor("audio_latents", audio_latents, (batch_size, None, config.audio_in_channels))
+            check_tensor("audio_latents", audio_latents, (None, None, config.audio_in_channels))
             shortest = (latent_frames - 1) * self.vae_scale_factor_temporal + 1
             longest = latent_frames * self.vae_scale_factor_temporal
             if not shortest <= audio_latents.shape[1] <= longest:
@@ -246,7 +248,13 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
             size = height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
             check_tensor("image_latents", image_latents, (None, config.in_channels, 1, *size))
         self.check_lengths(
-            num_prompts, batch_size, generator, image=images, audio=waveforms, image_latents=image_latents
+            num_prompts,
+            batch_size,
+            generator,
+            image=images,
+            audio=waveforms,
+            image_latents=image_latents,
+            audio_latents=audio_latents,
         )
         return batch_size // num_prompts
 
@@ -372,7 +380,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
         Upscales videos.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): The prompt of the video, one for all or for each.
+            prompt (`str` or `list[str]`, *optional*):
+                The prompt of the video, one for all or for each; several for one video upscale it once for each.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to steer away from, with guidance only. The default covers faults of the picture, of the sound and
                 of the delivery.
@@ -388,7 +397,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
                 *optional*): Normalised latents of Wan 2.2's autoencoder, as [`MagiHumanAudioVideoPipeline`] and
                 `WanPipeline` give with `output_type="latent"`.
             audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, channels)`, *optional*):
-                Latents of the sound, in place of `audio`. Without either the video is upscaled without sound.
+                Latents of the sound in place of `audio`, also one for all. Without either the video is upscaled
+                without sound.
             image_latents (`torch.Tensor` of shape `(num_items, channels, 1, height / 16, width / 16)`, *optional*):
                 Normalised latents in place of `image`.
             height, width (`int`, *optional*):
@@ -491,7 +501,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
         # 3. Encode the video, its first frame and its sound
         if videos is not None:
             latents = self.encode_video(torch.stack(videos).transpose(1, 2) * 2 - 1, device)
-        batch_size, num_frames = latents.shape[0], (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
+        batch_size, num_frames = len(prompt_embeds), (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
+        latents = latents.repeat_interleave(batch_size // len(latents), dim=0)
         if images is not None:
             image_latents = self.encode_image(images, height, width, device)
         if image_latents is not None:
@@ -499,6 +510,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
             image_latents = image_latents.repeat_interleave(batch_size // len(image_latents), dim=0)
         if waveforms is not None:
             audio_latents = self.encode_sounds(waveforms, num_frames, batch_size, generator, device)
+        if audio_latents is not None:
+            audio_latents = audio_latents.repeat_interleave(batch_size // len(audio_latents), dim=0)
         given_audio_latents = audio_latents
 
         # 4. Resize the latents and add noise
