@@ -142,6 +142,14 @@ def test_full_disk_raises_before_anything_is_written(source, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "video_vae", "audio_vae"])
+def test_free_disk_counts_every_part(part, source, parts, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(checkpoints, "check_free_disk", lambda _folder, num_bytes: needed.append(num_bytes))
+    output = convert_checkpoint(source, tmp_path / "out", **{part: parts[part]})
+    assert needed[0] == pytest.approx(sum(path.stat().st_size for path in output.rglob("*.safetensors")), rel=0.1)
+
+
 def test_wrong_source_leaves_nothing(source, tmp_path):
     shutil.copytree(source, tmp_path / "distill")
     shard = tmp_path / "distill" / "model-00003-of-00003.safetensors"

@@ -793,9 +793,12 @@ def load_part(
     model_class: type[ModelMixin], path_or_repo: str | os.PathLike[str], dtype: torch.dtype, **hub_kwargs: Any
 ) -> ModelMixin:
     """An autoencoder out of a repository's folder `vae`, or out of a local directory that is the autoencoder."""
+    return model_class.from_pretrained(fetch_part(path_or_repo, **hub_kwargs), dtype=dtype)
+
+
+def fetch_part(path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     root = fetch(path_or_repo, ["vae/*"], **hub_kwargs)
-    subfolder = None if (root / "config.json").is_file() else "vae"
-    return model_class.from_pretrained(root, subfolder=subfolder, dtype=dtype)
+    return root if (root / "config.json").is_file() else root / "vae"
 
 
 # Converting
@@ -855,7 +858,15 @@ def convert_checkpoint(
         for target, shape in rule.targets.items()
     }
     encoder_sizes = {} if encoder is None else text_encoder_sizes(encoder, dtype)
-    check_free_disk(output.parent, sum(sizes.values()) + sum(encoder_sizes.values()))
+    # The autoencoders at the size that they have where they are; the light decoder is smaller than what it replaces.
+    vae_files = [
+        file
+        for part in (video_vae, audio_vae)
+        if part is not None
+        for file in fetch_part(part, **part_kwargs).glob("*.safetensors")
+    ]
+    num_bytes = [*sizes.values(), *encoder_sizes.values(), *(file.stat().st_size for file in vae_files)]
+    check_free_disk(output.parent, sum(num_bytes))
 
     incomplete = output.with_name(f".{output.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)

@@ -237,11 +237,12 @@ class MagiHumanComponentsMixin:
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None,
-        embeds: dict[str, torch.Tensor | None],
-        masks: dict[str, torch.Tensor | None],
+        prompt_embeds: torch.Tensor | None,
+        prompt_embeds_mask: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds_mask: torch.Tensor | None,
     ) -> int:
         """Raises a `ValueError` unless there is just one form of each prompt, of the right shape; returns how many."""
-        prompt_embeds, negative_prompt_embeds = embeds.values()
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError(
                 "Exactly one of `prompt` and `prompt_embeds` must be given, but"
@@ -261,10 +262,13 @@ class MagiHumanComponentsMixin:
                 raise ValueError(
                     f"`negative_prompt`={negative_prompt!r} must be a string or a list of {num_prompts} strings."
                 )
-        for name, tensor in embeds.items():
+        for name, tensor, mask in (
+            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
+            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
+        ):
             if tensor is not None:
                 check_tensor(name, tensor, (num_prompts, None, self.transformer.config.text_in_channels))
-            mask, size = masks[name], None if tensor is None else tuple(tensor.shape[:2])
+            size = None if tensor is None else tuple(tensor.shape[:2])
             if mask is not None and tuple(mask.shape) != size:
                 raise ValueError(
                     f"`{name}_mask` has shape {tuple(mask.shape)}, but must have the first two sizes of `{name}`,"

@@ -180,9 +180,14 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         )
         decoders = () if output_type == "latent" else ("vae", "audio_vae")
         self.check_components(prompt, negative_prompt_embeds, decoders)
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        masks = {"prompt_embeds": prompt_embeds_mask, "negative_prompt_embeds": negative_prompt_embeds_mask}
-        num_prompts = self.check_prompts(prompt, negative_prompt, embeds, masks)
+        num_prompts = self.check_prompts(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+        )
         batch_size = num_prompts * num_videos_per_prompt
 
         shape, audio_shape = self._latent_shapes(batch_size, num_frames, height, width)

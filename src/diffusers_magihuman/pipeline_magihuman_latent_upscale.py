@@ -224,9 +224,14 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
         self.check_components(prompt, negative_prompt_embeds, decoders)
 
         num_sources, latent_frames = self._check_source(latents, videos, height, width)
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        masks = {"prompt_embeds": prompt_embeds_mask, "negative_prompt_embeds": negative_prompt_embeds_mask}
-        num_prompts = self.check_prompts(prompt, negative_prompt, embeds, masks)
+        num_prompts = self.check_prompts(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+        )
         batch_size = max(num_sources, num_prompts)
         if num_sources not in (1, batch_size) or batch_size % num_prompts:
             raise ValueError(
