@@ -1,0 +1,217 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Losses for training the transformer: flow matching of video and sound together, and distribution matching.
+
+Pure functions: they draw noise, run the transformer and return losses; loops, optimisers and files are the scripts'
+under `examples/`. Latents are normalised, as the pipelines give them with `output_type="latent"`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import compute_density_for_timestep_sampling
+
+from .transformer_magihuman import MagiHumanTransformer3DModel
+
+
+class FlowMatchingLoss(NamedTuple):
+    """
+    Args:
+        loss (`torch.Tensor`): The weighted sum of the two others, to go backward from.
+        video_loss (`torch.Tensor`): Mean squared error of the video's velocity, detached.
+        audio_loss (`torch.Tensor`): Mean squared error of the sound's velocity, detached.
+    """
+
+    loss: torch.Tensor
+    video_loss: torch.Tensor
+    audio_loss: torch.Tensor
+
+
+def sample_noise_levels(
+    batch_size: int,
+    weighting: str = "logit_normal",
+    shift: float = 5.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """
+    Draws the noise level of each sample of a batch.
+
+    Args:
+        batch_size (`int`): Number of samples.
+        weighting (`str`, defaults to `"logit_normal"`):
+            `"logit_normal"`, the logistic function of a normal variable
+            ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`.
+        shift (`float`, defaults to 5.0): Towards noise, as the scheduler's `flow_shift`; 1 for none.
+        generator (`torch.Generator`, *optional*): Makes the draw deterministic.
+        device (`torch.device`, defaults to `"cpu"`): Where the result goes; that of the generator.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: In (0, 1), 1 for pure noise.
+
+    Raises:
+        `ValueError`: Another weighting, or a shift that is not positive.
+    """
+    if weighting not in ("logit_normal", "uniform"):
+        raise ValueError(f"`weighting`={weighting!r} must be 'logit_normal' or 'uniform'.")
+    if shift <= 0:
+        raise ValueError(f"`shift`={shift} must be positive.")
+    levels = compute_density_for_timestep_sampling(
+        weighting, batch_size, logit_mean=0.0, logit_std=1.0, device=device, generator=generator
+    )
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def choose(
+    batch_size: int, probability: float, generator: torch.Generator | None, device: torch.device | str
+) -> torch.Tensor:
+    """Draws which samples of a batch something happens to, bool of shape `(batch_size,)`."""
+    return torch.rand(batch_size, generator=generator, device=device) < probability
+
+
+def expand_as(values: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Views one value for each sample, `(batch_size,)`, so that it multiplies states of any number of dimensions."""
+    return values.view(-1, *[1] * (states.ndim - 1))
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, noise_levels: torch.Tensor) -> torch.Tensor:
+    """Mixes latents with noise on a straight line, `(1 - level) * latents + level * noise`."""
+    levels = expand_as(noise_levels, latents)
+    return (1 - levels) * latents + levels * noise
+
+
+def predict_clean(noisy: torch.Tensor, velocity: torch.Tensor, noise_levels: torch.Tensor) -> torch.Tensor:
+    """Follows the velocity from noisy latents to clean ones, `noisy - level * velocity`."""
+    return noisy - expand_as(noise_levels, noisy) * velocity
+
+
+def drop_text(
+    prompt_embeds: torch.Tensor,
+    prompt_embeds_mask: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor,
+    probability: float,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Replaces the text of some samples by the negative prompt, which classifier-free guidance needs.
+
+    Args:
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Texts, padded at the end.
+        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`): True for real tokens.
+        negative_prompt_embeds (`torch.Tensor` of shape `(1, negative_length, channels)`): Unpadded.
+        probability (`float`): Of each sample to be replaced.
+        generator (`torch.Generator`, *optional*): Makes the draw deterministic.
+
+    Returns:
+        `tuple`: Embeddings and mask, padded to the longer of the two lengths.
+    """
+    batch_size, length, _ = prompt_embeds.shape
+    negative_length = negative_prompt_embeds.shape[1]
+    missing = max(negative_length - length, 0)
+    prompt_embeds, mask = F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_embeds_mask, (0, missing))
+    negative = F.pad(negative_prompt_embeds, (0, 0, 0, max(length - negative_length, 0)))
+    negative_mask = torch.arange(negative.shape[1], device=mask.device) < negative_length
+    dropped = choose(batch_size, probability, generator, prompt_embeds.device)
+    return (
+        torch.where(dropped[:, None, None], negative, prompt_embeds),
+        torch.where(dropped[:, None], negative_mask, mask),
+    )
+
+
+def flow_matching_loss(
+    transformer: MagiHumanTransformer3DModel,
+    latents: torch.Tensor,
+    audio_latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    prompt_embeds_mask: torch.Tensor | None,
+    noise_levels: torch.Tensor,
+    video_weight: float = 1.0,
+    audio_weight: float = 1.0,
+    image_probability: float = 0.0,
+    audio_probability: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> FlowMatchingLoss:
+    """
+    Loss of the velocity from latents to noise, of video and sound at the same noise level
+    ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)).
+
+    A first frame or a sound that is given is shown as it is and left out of the loss, since the pipelines keep it.
+
+    Args:
+        transformer ([`MagiHumanTransformer3DModel`]): The model to train.
+        latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`):
+            Normalised latents of the video.
+        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Latents of the sound.
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
+        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
+        noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
+        video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
+        image_probability (`float`, defaults to 0.0): How often the first frame is given.
+        audio_probability (`float`, defaults to 0.0): How often the sound is given.
+        generator (`torch.Generator`, *optional*): Draws the noise and what is given; on the device of the latents.
+
+    Returns:
+        [`FlowMatchingLoss`]: Of which `loss` has a gradient.
+    """
+    draw = {"generator": generator, "device": latents.device}
+    noise = torch.randn(latents.shape, **draw)
+    audio_noise = torch.randn(audio_latents.shape, **draw)
+    learns_frame = torch.ones(latents.shape[0], 1, latents.shape[2], 1, 1, dtype=torch.bool, device=latents.device)
+    learns_frame[:, 0, 0] = ~choose(len(latents), image_probability, **draw)[:, None, None]
+    learns_sound = ~choose(len(latents), audio_probability, **draw)[:, None, None]
+
+    velocity, audio_velocity = transformer(
+        torch.where(learns_frame, add_noise(latents, noise, noise_levels), latents),
+        torch.where(learns_sound, add_noise(audio_latents, audio_noise, noise_levels), audio_latents),
+        prompt_embeds,
+        encoder_attention_mask=prompt_embeds_mask,
+        return_dict=False,
+    )
+    video_loss = masked_mean((velocity - (noise - latents)).square(), learns_frame)
+    audio_loss = masked_mean((audio_velocity - (audio_noise - audio_latents)).square(), learns_sound)
+    loss = video_weight * video_loss + audio_weight * audio_loss
+    return FlowMatchingLoss(loss, video_loss.detach(), audio_loss.detach())
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the values where the mask, which broadcasts to them, is true; 0 where it never is."""
+    mask = mask.expand_as(values)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def distribution_matching_loss(
+    generated: torch.Tensor, real_prediction: torch.Tensor, fake_prediction: torch.Tensor
+) -> torch.Tensor:
+    """
+    Loss whose gradient moves generated latents from where a model of them is to where the teacher is
+    (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)).
+
+    Noise is added to what the student generated; the teacher, with guidance, and the model of the student's own output
+    then predict clean latents from it, see [`predict_clean`]. The latter model is trained beside the student with
+    [`flow_matching_loss`] on what the student generates.
+
+    Args:
+        generated (`torch.Tensor` of shape `(batch_size, ...)`): Clean latents of the student, with gradient.
+        real_prediction (`torch.Tensor`): Clean latents that the teacher predicts, of the same shape.
+        fake_prediction (`torch.Tensor`): Clean latents that the model of the student's output predicts.
+
+    Returns:
+        `torch.Tensor`: The loss; its value means little, its gradient is the difference of the two predictions,
+        divided by the sample's mean distance from the teacher's and by the number of values.
+    """
+    with torch.no_grad():
+        distance = (generated - real_prediction).abs().flatten(1).mean(dim=1).clamp(min=1e-6)
+        gradient = (fake_prediction - real_prediction) / expand_as(distance, generated)
+    return 0.5 * F.mse_loss(generated, (generated - gradient).detach())
