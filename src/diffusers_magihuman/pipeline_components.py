@@ -153,7 +153,8 @@ class MagiHumanComponentsMixin:
             dtype (`torch.dtype`, *optional*):
                 Casts all components, those of the other pipeline with them. Without it every one stays as it is,
                 unlike in Diffusers, which casts to float32: some are float32 on purpose and others are large.
-            kwargs: Components and settings that differ, for example `transformer`.
+            kwargs: Components and settings that differ: between low and high resolution `transformer` and `scheduler`,
+                between base and distilled also `is_distilled`.
         """
         if dtype is not None:
             return super().from_pipe(pipeline, dtype=dtype, **kwargs)
