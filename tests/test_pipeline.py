@@ -361,6 +361,13 @@ def test_output_types(output_type, tiny_distilled_pipeline):
     assert tuple(output.audio.shape) == (2, 2, num_samples) and tiny_distilled_pipeline.audio_sampling_rate == 44100
 
 
+def test_streamed_frames_are_those_of_np(tiny_distilled_pipeline):
+    streamed = run(tiny_distilled_pipeline, output_type="stream")
+    expected = run(tiny_distilled_pipeline, output_type="np")
+    assert np.array_equal(np.stack(list(streamed.frames[0])), expected.frames[0])
+    assert np.array_equal(streamed.audio, expected.audio)
+
+
 def test_tuple_and_latents_decode_to_the_same(tiny_distilled_pipeline):
     pipe = tiny_distilled_pipeline
     latents = run(pipe)
