@@ -4,10 +4,11 @@ import diffusers
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 import torch
 from conftest import PROMPT, load_golden, make_golden_transformer
 from diffusers import DiffusionPipeline
-from make_tiny_pipeline import make_transformer, make_wan_vae
+from make_tiny_pipeline import make_transformer, make_turbo_vae, make_wan_vae
 from test_pipeline import assert_same, seeded
 
 from diffusers_magihuman import (
@@ -365,6 +366,10 @@ LATENTS, AUDIO_LATENTS = make_low()
             "There are 3 prompts for 2 videos",
         ),
         ({"prompt": ""}, "`prompt`='' must be a non-empty string"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(0, 3, 16)},
+            r"`prompt_embeds` has shape \(0, 3, 16\), but every size must be 1 or more",
+        ),
         ({"latents": None}, "Exactly one of `latents` and `video` must be given"),
         ({"latents": LATENTS, "video": torch.rand(5, 3, 32, 64)}, "Exactly one of `latents` and `video`"),
         ({"audio": (np.zeros(999, np.float32), 44100), "audio_latents": AUDIO_LATENTS}, r"At most one of .*'audio'"),
@@ -401,6 +406,9 @@ def test_unreadable_videos_raise(tiny_upscale_pipeline, tmp_path):
     export_to_mp4(torch.rand(5, 3, 32, 64), tmp_path / "fast.mp4", fps=30)
     whole = (tmp_path / "fast.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(tmp_path / "sound.wav", np.zeros(8000), 16000)
+    with pytest.raises(OSError, match=r"`video` is '.*sound\.wav', which holds no readable video"):
+        run(tiny_upscale_pipeline, video=tmp_path / "sound.wav")
     for name in ("broken", "cut"):
         with pytest.raises(OSError, match=rf"`video` is '.*{name}\.mp4', which holds no readable video"):
             run(tiny_upscale_pipeline, video=tmp_path / f"{name}.mp4")
@@ -424,6 +432,21 @@ def test_missing_component_raises(component, arguments, message, tiny_upscale_pi
     pipe = MagiHumanLatentUpscalePipeline(**{**tiny_upscale_pipeline.components, component: None})
     with pytest.raises(ValueError, match=message):
         run(pipe, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"video": torch.rand(5, 3, 32, 64)}, {"image": PIL.Image.new("RGB", (8, 8))}], ids=["video", "image"]
+)
+def test_decoder_alone_cannot_encode(arguments, tiny_upscale_pipeline):
+    vae = make_turbo_vae(encoder_base_dim=None)
+    pipe = MagiHumanLatentUpscalePipeline(**{**tiny_upscale_pipeline.components, "vae": vae})
+    calls = []
+    handle = pipe.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` needs a `vae` that encodes"):
+        run(pipe, **arguments)
+    handle.remove()
+    assert not calls
+    assert run(pipe, output_type="np").frames.shape == (1, 9, 64, 96, 3)
 
 
 def test_base_transformer_is_refused(tiny_pipeline, tiny_pipeline_dir):

@@ -86,12 +86,14 @@ def encode_in_windows(
 
 
 def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raises a `ValueError` unless the tensor is finite and of the shape; `None` allows any size."""
+    """Raises a `ValueError` unless the tensor is finite and of the shape; `None` allows any size but 0."""
     allowed = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
     if tensor.ndim != len(shape) or any(
         size not in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
     ):
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but must have shape {allowed}.")
+    if not tensor.numel():
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but every size must be 1 or more.")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"`{name}` holds NaN or infinite values; all of them must be finite.")
 
@@ -201,6 +203,13 @@ class MagiHumanComponentsMixin:
         ):
             if condition is not None and getattr(self, component) is None:
                 raise ValueError(f"`{name}` needs `{component}`, which the pipeline was loaded without.")
+        is_decoder = isinstance(self.vae, AutoencoderKLMagiHumanTurbo) and self.vae.encoder is None
+        if is_decoder and (image is not None or video is not None):
+            raise ValueError(
+                f"`{'image' if video is None else 'video'}` needs a `vae` that encodes, but this"
+                " AutoencoderKLMagiHumanTurbo has no encoder. Load it with `load_original_turbo_vae(encoder=...)`, or"
+                " take an AutoencoderKLWan."
+            )
 
     def check_settings(
         self,

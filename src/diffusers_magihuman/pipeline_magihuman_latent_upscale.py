@@ -269,8 +269,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanComponentsMixin, DiffusionPipeline
         """Checks what is to be upscaled; returns how many videos there are and of how many latent frames."""
         if latents is not None:
             check_tensor("latents", latents, (None, self.transformer.config.in_channels, None, None, None))
-            if not latents.numel():
-                raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but every size must be 1 or more.")
             batch_size, latent_frames = latents.shape[0], latents.shape[2]
             source = tuple(size * self.vae_scale_factor_spatial for size in latents.shape[3:])
         else:
