@@ -170,7 +170,7 @@ def test_pitch_glides():
         frequencies, power = spectrum(sound, start, start + 0.2)
         near = (frequencies > 120) & (frequencies < 220)
         pitches.append((frequencies * power)[near].sum() / power[near].sum())
-    assert max(pitches) - min(pitches) > 0.05 * np.mean(pitches)
+    assert max(pitches) - min(pitches) > 0.02 * np.mean(pitches)
 
 
 def test_contact_sheet(tmp_path):

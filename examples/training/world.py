@@ -208,8 +208,8 @@ def make_voice(scene: Scene, rng: np.random.Generator, num_frames: int) -> np.nd
     times = np.arange(num_samples) / SAMPLING_RATE
     control = np.arange(0, num_samples + 256, 256) / SAMPLING_RATE  # 200 times a second
     pitch, scale = VOICE[scene.voice]
-    drift = 0.06 * np.sin(2 * np.pi * (0.5 * times + rng.random())) - 0.03 * times / duration
-    frequency = pitch * (1 + 0.05 * rng.uniform(-1, 1) + drift)
+    drift = 0.02 * np.sin(2 * np.pi * (0.5 * times + rng.random())) - 0.015 * times / duration
+    frequency = pitch * (1 + 0.02 * rng.uniform(-1, 1) + drift)
     phase = 2 * np.pi * np.cumsum(frequency) / SAMPLING_RATE
 
     active = activations(scene, control, duration)

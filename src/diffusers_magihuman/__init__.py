@@ -20,6 +20,7 @@ import diffusers
 
 from . import checkpoints  # noqa: F401 (registers the layouts for `from_single_file`)
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .embedded import embedded_model
 from .lora import MagiHumanLoraLoaderMixin
 from .media import export_to_mp4, load_audio
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
@@ -39,6 +40,7 @@ __all__ = [
     "MagiHumanLoraLoaderMixin",
     "MagiHumanPipelineOutput",
     "MagiHumanTransformer3DModel",
+    "embedded_model",
     "export_to_mp4",
     "load_audio",
 ]

@@ -25,6 +25,7 @@ from huggingface_hub import HfApi
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .checkpoints import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VARIANTS, VIDEO_VAE, convert_checkpoint
+from .embedded import embedded_model
 from .hub import CARD_VARIANTS, make_model_card, write_file
 from .media import check_mp4_path, export_to_mp4, has_sound, load_images, load_videos, read_audio
 from .pipeline_components import FRAME_RATE
@@ -95,14 +96,16 @@ def add_generate(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     generate.add_argument(
         "prompt", type=non_empty_text, metavar="PROMPT", help="description, `Dialogue:` and `Background Sound:`"
     )
-    generate.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub")
+    generate.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub; default: the tiny one in here"
+    )
     generate.add_argument("--image", metavar="FILE", help="first frame")
     generate.add_argument("--audio", metavar="FILE", help="sound that drives the video")
     length = generate.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=seconds, help="length; default: that of --audio, or 5")
+    length.add_argument("--seconds", type=seconds, help="length; default: that of --audio, or the model's")
     length.add_argument("--num-frames", type=positive_int, help=f"length in frames, {FRAME_RATE} a second")
-    generate.add_argument("--height", type=pixels, default=256, help="multiple of 32, default: %(default)s")
-    generate.add_argument("--width", type=pixels, default=448, help="multiple of 32, default: %(default)s")
+    for name in ("height", "width"):
+        generate.add_argument(f"--{name}", type=pixels, help="multiple of 32, default: that of the model")
     generate.add_argument("--steps", type=positive_int, help="default: 32, or 8 for a distilled model")
     generate.add_argument(
         "--upscale", metavar="DIR_OR_REPO", help="super-resolution pipeline that the video goes through"
@@ -166,8 +169,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.seconds is not None:
         num_frames = round(arguments.seconds * FRAME_RATE) + 1
 
-    check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline)
-    check_upscale(arguments)
+    if arguments.model is None:
+        arguments.model = embedded_model()
+        print("magihuman: without --model, a tiny model of drawn heads that say ma, me, mi, mo and mu", file=sys.stderr)
+    index = check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline)
+    check_upscale(arguments, index)
 
     pipe = load_pipeline(arguments.model, arguments)
     generator = make_generator(pipe, arguments.seed)
@@ -260,7 +266,7 @@ def check_pipeline(option: str, model: str, pipeline_class: type[DiffusionPipeli
     return index
 
 
-def check_upscale(arguments: argparse.Namespace) -> None:
+def check_upscale(arguments: argparse.Namespace, base: dict[str, Any]) -> None:
     sizes = {name: getattr(arguments, f"upscale_{name}") for name in ("height", "width")}
     if arguments.upscale is None:
         if unused := [f"--upscale-{name}" for name, size in sizes.items() if size is not None]:
@@ -268,7 +274,8 @@ def check_upscale(arguments: argparse.Namespace) -> None:
         return
     index = check_pipeline("--upscale", arguments.upscale, MagiHumanLatentUpscalePipeline)
     for name, size in sizes.items():
-        target, source = size or index[f"default_{name}"], getattr(arguments, name)
+        target = size or index[f"default_{name}"]
+        source = getattr(arguments, name) or base.get(f"default_{name}", 0)
         if target < source:
             raise ValueError(f"--upscale-{name} is {target}, it must not be less than --{name}, {source}.")
 

@@ -40,7 +40,6 @@ from .pipeline_output import MagiHumanPipelineOutput
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
-DEFAULT_NUM_FRAMES = 126
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -75,6 +74,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         vae ([`AutoencoderKLMagiHumanTurbo`] or `AutoencoderKLWan`): Autoencoder of Wan 2.2 video latents.
         audio_vae (`AutoencoderOobleck`): Autoencoder of 25 sound latents a second. The original runs it in float32.
         is_distilled (`bool`, defaults to `False`): Whether the defaults are 8 steps without guidance.
+        default_height, default_width (`int`, defaults to 256 and 448): Size in pixels when a call names none.
+        default_num_frames (`int`, defaults to 126): Length when a call gives neither a length nor a sound.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         vae: AutoencoderKLMagiHumanTurbo | AutoencoderKLWan,
         audio_vae: AutoencoderOobleck,
         is_distilled: bool = False,
+        default_height: int = 256,
+        default_width: int = 448,
+        default_num_frames: int = 126,
     ) -> None:
         super().__init__()
         self.register_components(
@@ -96,7 +100,12 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
             vae=vae,
             audio_vae=audio_vae,
         )
-        self.register_to_config(is_distilled=is_distilled)
+        self.register_to_config(
+            is_distilled=is_distilled,
+            default_height=default_height,
+            default_width=default_width,
+            default_num_frames=default_num_frames,
+        )
 
     @classmethod
     def from_original(
@@ -257,7 +266,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         if conditioning_audio_latents is not None:
             return conditioning_audio_latents.shape[1]
         if waveforms is None:
-            return DEFAULT_NUM_FRAMES
+            return self.config.default_num_frames
         lengths = {self._num_audio_latents(waveform) for waveform in waveforms}
         if len(lengths) > 1 or min(lengths) < 1:
             raise ValueError(
@@ -274,8 +283,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         negative_prompt: str | list[str] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         audio: AudioInput | list[AudioInput] | None = None,
-        height: int = 256,
-        width: int = 448,
+        height: int | None = None,
+        width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -315,10 +324,10 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
             audio (path, `(waveform, sampling_rate)` or a list of these, *optional*):
                 Sound that drives the video, one for all or one for each prompt; it stays as given. A waveform has
                 shape `(num_samples,)` or `(channels, num_samples)`.
-            height, width (`int`, defaults to 256 and 448): Size in pixels, multiples of 32.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32. Default to the model's, 256 and 448.
             num_frames (`int`, *optional*):
                 Length at 25 frames a second; the sound gets exactly this length, the video the nearest `4 * k + 1`
-                frames below. Defaults to the length of `audio`, or 126. `audio` is cut or padded with silence to it.
+                frames below. Defaults to the length of `audio`, or the model's, 126. `audio` is cut or padded with silence to it.
             num_inference_steps (`int`, *optional*): Defaults to 32, or 8 when distilled.
             guidance_scale, audio_guidance_scale (`float`, *optional*):
                 Guidance of video and sound, off at 1 for both. Default to 5.0, or 1.0 when distilled.
@@ -361,6 +370,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         # 1. Fill in defaults, read files, check everything
         default_steps, default_scale = (8, 1.0) if self.config.is_distilled else (32, 5.0)
         num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
+        height = self.config.default_height if height is None else height
+        width = self.config.default_width if width is None else width
         self._guidance_scale = default_scale if guidance_scale is None else guidance_scale
         self._audio_guidance_scale = default_scale if audio_guidance_scale is None else audio_guidance_scale
         self._attention_kwargs = attention_kwargs

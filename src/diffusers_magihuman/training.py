@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Losses for training the transformer: flow matching of video and sound together, and distribution matching.
+"""Losses for training the transformer: flow matching of video and sound together, super-resolution, and distribution
+matching.
 
 Pure functions: they draw noise, run the transformer and return losses; loops, optimisers and files are the scripts'
 under `examples/`. Latents are normalised, as the pipelines give them with `output_type="latent"`.
@@ -189,6 +190,43 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of the values where the mask, which broadcasts to them, is true; 0 where it never is."""
     mask = mask.expand_as(values)
     return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def upscale_loss(
+    transformer: MagiHumanTransformer3DModel,
+    latents: torch.Tensor,
+    low_latents: torch.Tensor,
+    audio_latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    prompt_embeds_mask: torch.Tensor | None,
+    noise_levels: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise.
+
+    Args:
+        transformer ([`MagiHumanTransformer3DModel`]): The model to train.
+        latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`):
+            Normalised latents of the video in high resolution.
+        low_latents (`torch.Tensor`):
+            Those of the same video in low resolution, resized and noisy, of the same shape; with `audio_latents`, what
+            [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives.
+        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Noisy latents of the sound.
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
+        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
+        noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
+
+    Returns:
+        `torch.Tensor`: The loss.
+    """
+    velocity, _ = transformer(
+        add_noise(latents, low_latents, noise_levels),
+        audio_latents,
+        prompt_embeds,
+        encoder_attention_mask=prompt_embeds_mask,
+        return_dict=False,
+    )
+    return F.mse_loss(velocity, low_latents - latents)
 
 
 def distribution_matching_loss(

@@ -1,0 +1,111 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Puts what the recipes trained together as three Diffusers directories that share files: base, distilled, upscale.
+
+    python examples/training/assemble.py runs src/diffusers_magihuman/embedded_models
+
+Weights are float16. What several models have in common lies in `shared` and is linked from there.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, AutoencoderOobleck, DiffusionPipeline
+from transformers import AutoTokenizer, T5GemmaEncoderModel
+
+from diffusers_magihuman import (
+    AutoencoderKLMagiHumanTurbo,
+    MagiHumanAudioVideoPipeline,
+    MagiHumanFlowScheduler,
+    MagiHumanLatentUpscalePipeline,
+    MagiHumanTransformer3DModel,
+)
+
+
+def share(models: list[Path], part: str, shared: Path) -> None:
+    """Moves the files of a part of the first model to `shared` and links them into all of the models."""
+    for file in sorted((models[0] / part).iterdir()):
+        shared.mkdir(parents=True, exist_ok=True)
+        shutil.move(file, shared / file.name)
+        for model in models:
+            link = model / part / file.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(shared / file.name, link.parent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of the recipes' outputs")
+    parser.add_argument("output", type=Path, help="folder to write")
+    arguments = parser.parse_args()
+
+    # 1. Load
+    runs, half = arguments.runs, {"dtype": torch.float16}
+    common = {
+        "tokenizer": AutoTokenizer.from_pretrained(runs / "text_encoder" / "tokenizer"),
+        "text_encoder": T5GemmaEncoderModel.from_pretrained(runs / "text_encoder" / "text_encoder", **half),
+        "audio_vae": AutoencoderOobleck.from_pretrained(runs / "audio_vae" / "audio_vae").half(),
+    }
+    wan = AutoencoderKLWan.from_pretrained(runs / "video_vae" / "vae").half()
+    turbo = AutoencoderKLMagiHumanTurbo.from_pretrained(runs / "turbo_vae" / "vae").half()
+    transformers = {
+        name: MagiHumanTransformer3DModel.from_pretrained(runs / name / "transformer").half()
+        for name in ("base", "distilled", "upscale")
+    }
+
+    # 2. Put together and save
+    low = {"default_height": 128, "default_width": 128, "default_num_frames": 49}
+    pipelines: dict[str, DiffusionPipeline] = {
+        "base": MagiHumanAudioVideoPipeline(
+            **common, transformer=transformers["base"], scheduler=MagiHumanFlowScheduler(), vae=wan, **low
+        ),
+        "distilled": MagiHumanAudioVideoPipeline(
+            **common,
+            transformer=transformers["distilled"],
+            scheduler=MagiHumanFlowScheduler(sampler="renoise"),
+            vae=turbo,
+            is_distilled=True,
+            **low,
+        ),
+        "upscale": MagiHumanLatentUpscalePipeline(
+            **common,
+            transformer=transformers["upscale"],
+            scheduler=MagiHumanFlowScheduler(),
+            vae=turbo,
+            default_height=256,
+            default_width=256,
+        ),
+    }
+    new = arguments.output.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    for name, pipe in pipelines.items():
+        pipe.save_pretrained(new / name)
+    for part in ("tokenizer", "text_encoder", "audio_vae"):
+        share([new / name for name in pipelines], part, new / "shared" / part)
+    share([new / "distilled", new / "upscale"], "vae", new / "shared" / "vae")
+
+    # 3. Replace what was there, but for the card
+    for file in arguments.output.glob("*.md"):
+        shutil.copy(file, new / file.name)
+    shutil.rmtree(arguments.output, ignore_errors=True)
+    new.replace(arguments.output)
+    files = [file for file in arguments.output.rglob("*") if file.is_file() and not file.is_symlink()]
+    print(f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tells from the pixels and the sound of a clip what it shows and says, to measure models of the world.
+
+Everything is measured at the places where `world.py` draws it; the sound's syllables are read by a small network that
+is trained on clips of the world, a minute on a processor.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from torch import nn
+
+
+NUM_BANDS = 32
+STEP = 512  # samples between two looks at the sound, 10 ms
+
+
+def mean_colour(frames: np.ndarray, boxes: list[tuple[float, float, float, float]]) -> np.ndarray:
+    """Median colour over all frames of boxes `(left, top, right, bottom)` in parts of the size."""
+    size = frames.shape[1]
+    pieces = []
+    for box in boxes:
+        left, top, right, bottom = (round(edge * size) for edge in box)
+        pieces.append(frames[:, top:bottom, left:right].reshape(-1, 3))
+    return np.median(np.concatenate(pieces), axis=0)
+
+
+def nearest(colour: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:
+    return min(table, key=lambda name: np.square(colour - np.array(table[name])).sum())
+
+
+def recognise_look(frames: np.ndarray) -> dict[str, str | bool]:
+    """
+    Reads what is seen.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, size, size, 3)`): uint8.
+
+    Returns:
+        `dict`: `skin`, `hair_colour`, `hair_length`, `glasses`, `shirt` and `background` as in a `world.Scene`.
+    """
+    background_boxes = [(0.02, 0.02, 0.15, 0.4), (0.85, 0.02, 0.98, 0.4)]
+    hair_boxes = [(0.42, 0.2, 0.58, 0.24)]
+    beside_boxes = [(0.27, 0.62, 0.33, 0.72), (0.67, 0.62, 0.73, 0.72)]
+    background = mean_colour(frames, background_boxes)
+    skin = mean_colour(frames, [(0.36, 0.48, 0.42, 0.54), (0.58, 0.48, 0.64, 0.54)])
+    hair = mean_colour(frames, hair_boxes)
+    beside = mean_colour(frames, beside_boxes)
+    is_long = np.square(beside - hair).sum() < np.square(beside - background).sum()
+    # The bridge between the glasses crosses nothing but skin.
+    bridge = mean_colour(frames, [(0.485, 0.41, 0.515, 0.43)])
+    return {
+        "skin": nearest(skin, world.SKIN),
+        "hair_colour": nearest(hair, world.HAIR_COLOUR),
+        "hair_length": "long" if is_long else "short",
+        "glasses": bool(bridge.mean() < 0.72 * skin.mean()),
+        "shirt": nearest(mean_colour(frames, [(0.3, 0.9, 0.7, 0.98)]), world.SHIRT),
+        "background": nearest(background, world.BACKGROUND),
+    }
+
+
+def measure_mouth(frames: np.ndarray) -> np.ndarray:
+    """How far the mouth is open in each frame: how much of a strip through its centre is no skin, `(num_frames,)`."""
+    size = frames.shape[1]
+    skin = mean_colour(frames, [(0.36, 0.48, 0.42, 0.54), (0.58, 0.48, 0.64, 0.54)])
+    rows, columns = slice(round(0.46 * size), round(0.68 * size)), slice(round(0.47 * size), round(0.53 * size))
+    strip = frames[:, rows, columns].astype(np.float32)
+    distance = np.sqrt(np.square(strip - skin).sum(axis=3))
+    return np.clip((distance - 40) / 60, 0, 1).mean(axis=(1, 2))
+
+
+def measure_pitch(voice: np.ndarray) -> float:
+    """Median pitch in Hz of a voice at 51,200 Hz, by autocorrelation in windows of 80 ms."""
+    windows = np.lib.stride_tricks.sliding_window_view(voice, 4096)[::1024]
+    windows = windows[np.square(windows).mean(axis=1) > 0.1 * np.square(windows).mean()]
+    spectra = np.abs(np.fft.rfft(windows * np.hanning(4096), 8192)) ** 2
+    correlation = np.fft.irfft(spectra)[:, :2048]
+    shortest, longest = world.SAMPLING_RATE // 330, world.SAMPLING_RATE // 75
+    # A multiple of the period correlates as well as the period: take the first that is nearly the best.
+    candidates = correlation[:, shortest:longest]
+    good = candidates >= 0.9 * candidates.max(axis=1, keepdims=True)
+    peaks = good & (candidates >= np.roll(candidates, 1, axis=1)) & (candidates >= np.roll(candidates, -1, axis=1))
+    return float(np.median(world.SAMPLING_RATE / (shortest + peaks.argmax(axis=1))))
+
+
+def recognise_voice(voice: np.ndarray) -> str:
+    """The voice of a `world.Scene` whose pitch is nearest on a logarithmic scale."""
+    pitch = measure_pitch(voice)
+    return min(world.VOICE, key=lambda name: abs(np.log(pitch / world.VOICE[name][0])))
+
+
+def spectra(voice: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the power in bands every 10 ms, `(batch, samples)` to `(batch, times, bands)`."""
+    power = torch.stft(voice, 2048, STEP, window=torch.hann_window(2048), return_complex=True).abs().square()
+    edges = torch.linspace(np.log(150.0), np.log(6400.0), NUM_BANDS + 1).exp() / 25
+    edges = edges.round().long().tolist()
+    bands = [power[:, low : max(high, low + 1)].mean(dim=1) for low, high in itertools.pairwise(edges)]
+    bands = torch.log10(torch.stack(bands, dim=2) + 1e-3)
+    return bands - bands.amax(dim=(1, 2), keepdim=True)
+
+
+class SyllableReader(nn.Module):
+    """Reads in each 10 ms of sound which syllable's vowel it is part of, 0 for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv1d(NUM_BANDS, 64, 9, padding=4),
+            nn.GELU(),
+            nn.Conv1d(64, 64, 9, padding=4),
+            nn.GELU(),
+            nn.Conv1d(64, len(world.SYLLABLES) + 1, 1),
+        )
+
+    def forward(self, voice: torch.Tensor) -> torch.Tensor:
+        return self.layers(spectra(voice).transpose(1, 2))
+
+    @torch.no_grad()
+    def read(self, voice: np.ndarray) -> tuple[str, ...]:
+        """The syllables that a voice says, in order."""
+        labels = self(torch.from_numpy(voice)[None]).argmax(dim=1)[0].tolist()
+        runs = []
+        for label in labels:
+            if runs and runs[-1][0] == label:
+                runs[-1][1] += 1
+            else:
+                runs.append([label, 1])
+        names = list(world.SYLLABLES)
+        said, previous = [], 0
+        for label, length in runs:
+            if length < 6:  # 60 ms: no vowel is that short, and no hum between two of them
+                continue
+            if label and label != previous:
+                said.append(names[label - 1])
+            previous = label
+        return tuple(said)
+
+
+def train_syllable_reader(clips: int = 300, steps: int = 600, seed: int = 0) -> SyllableReader:
+    """Trains a reader on voices of the world, with noise of many levels."""
+    rng = np.random.default_rng(seed)
+    duration = world.NUM_FRAMES / world.FRAME_RATE
+    scenes = [world.make_scene(rng) for _ in range(clips)]
+    voices = torch.from_numpy(np.stack([world.make_voice(scene, rng, world.NUM_FRAMES) for scene in scenes]))
+    times = np.arange(voices.shape[1] // STEP + 1) * STEP / world.SAMPLING_RATE
+    labels = []
+    for scene in scenes:
+        active = world.activations(scene, times, duration)
+        numbers = np.array([list(world.SYLLABLES).index(name) + 1 for name in scene.syllables])
+        labels.append(np.where(active.max(axis=0) > 0.5, numbers[active.argmax(axis=0)], 0))
+    labels = torch.from_numpy(np.stack(labels))
+    torch.manual_seed(seed)
+    reader = SyllableReader()
+    optimizer = torch.optim.AdamW(reader.parameters(), 2e-3)
+    for _ in range(steps):
+        batch = torch.randint(clips, (16,))
+        noise = 0.05 * torch.rand(16, 1) ** 2 * torch.randn(16, voices.shape[1])
+        loss = F.cross_entropy(reader(voices[batch] + noise), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return reader.eval()
+
+
+def edit_distance(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """Fewest insertions, deletions and substitutions that make one sequence of the other."""
+    row = list(range(len(second) + 1))
+    for i, left in enumerate(first, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(second, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]

@@ -1,0 +1,135 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains the base transformer by flow matching, on video, sound and text together.
+
+    python examples/training/train_transformer.py --data cache/128 --text runs/text_encoder --output runs/base
+
+Some samples are shown their first frame, some their sound, and some batches the negative prompt in place of their
+text: so the model learns to follow an image or a voice, and to be guided.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+import world
+from cache_latents import Cache, load_cache
+from recipe import Run, make_parser, save_sheet, to_frames
+from train_text_encoder import HIDDEN_SIZE, Texts
+from train_video_vae import Projection
+
+from diffusers_magihuman import MagiHumanFlowScheduler, MagiHumanTransformer3DModel
+from diffusers_magihuman.training import flow_matching_loss, sample_noise_levels
+
+
+def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
+    return MagiHumanTransformer3DModel(
+        in_channels=cache.latents.shape[1],
+        audio_in_channels=cache.audio_latents.shape[2],
+        text_in_channels=HIDDEN_SIZE,
+        num_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        attention_head_dim=32,
+        modality_layers=(),
+        gelu_layers=(0,),
+    )
+
+
+def draw_batch(
+    cache: Cache, rng: np.random.Generator, batch_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Draws latents of video and sound, and a new wording of the prompt of each."""
+    clips = rng.integers(len(cache.scenes), size=batch_size)
+    latents, audio_latents = (
+        torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
+        for values in (cache.latents, cache.audio_latents)
+    )
+    return latents, audio_latents, [world.make_prompt(cache.scenes[clip], rng) for clip in clips]
+
+
+@torch.no_grad()
+def draw_samples(
+    transformer: MagiHumanTransformer3DModel,
+    projection: Projection,
+    texts: Texts,
+    cache: Cache,
+    scheduler: MagiHumanFlowScheduler,
+) -> list[np.ndarray]:
+    """Draws four held-out prompts without guidance, decoded by the projection: every eighth frame of each."""
+    rng = np.random.default_rng(0)
+    prompts = [world.make_prompt(world.make_scene(rng, held_out=True), rng) for _ in range(4)]
+    embeds, mask = texts.embed(prompts)
+    states = [torch.randn(4, *values.shape[1:], device=embeds.device) for values in cache[:2]]
+    schedulers = [copy.deepcopy(scheduler), copy.deepcopy(scheduler)]
+    for timestep in scheduler.timesteps:
+        velocities = transformer(*states, embeds, encoder_attention_mask=mask, return_dict=False)
+        steps = zip(schedulers, velocities, states, strict=True)
+        states = [one.step(velocity, timestep, state)[0] for one, velocity, state in steps]
+    return [frames[::8] for frames in to_frames(projection.decode(states[0]))]
+
+
+def main() -> None:
+    parser = make_parser(__doc__, steps=8000, batch_size=16, learning_rate=1e-3)
+    parser.add_argument("--data", type=Path, required=True, help="output of cache_latents.py")
+    parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
+    parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
+    parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--text-dropout", type=float, default=0.1, help="of a batch, default: %(default)s")
+    arguments = parser.parse_args()
+
+    # 1. Data and model
+    cache = load_cache(arguments.data)
+    torch.manual_seed(arguments.seed)
+    run = Run(arguments, {"transformer": make_transformer(cache)})
+    texts = Texts(arguments.text, run.device)
+    projection = Projection.load(arguments.video_vae / "projection.safetensors").to(run.device)
+
+    scheduler = MagiHumanFlowScheduler()
+    scheduler.set_timesteps(16)
+
+    # 2. Train
+    for rng in run.steps():
+        latents, audio_latents, prompts = draw_batch(cache, rng, arguments.batch_size, run.device)
+        embeds, mask = texts.embed(prompts)
+        # Whole batches, as the negative prompt is long and would stretch every batch that it is in.
+        if rng.random() < arguments.text_dropout:
+            embeds, mask = texts.negative.expand(arguments.batch_size, -1, -1), None
+        noise_levels = sample_noise_levels(arguments.batch_size, "uniform", arguments.shift, device=run.device)
+        with run.accelerator.autocast():
+            loss = flow_matching_loss(
+                run.models["transformer"],
+                latents,
+                audio_latents,
+                embeds,
+                mask,
+                noise_levels,
+                audio_weight=arguments.audio_weight,
+                image_probability=0.15,
+                audio_probability=0.15,
+            )
+        run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)
+        if (run.step + 1) % arguments.save_every == 0:
+            samples = draw_samples(run.unwrap("transformer"), projection, texts, cache, scheduler)
+            save_sheet(samples, run.output / "samples.png")
+            run.models["transformer"].train()
+
+    # 3. Save
+    run.unwrap("transformer").save_pretrained(arguments.output / "transformer")
+
+
+if __name__ == "__main__":
+    main()

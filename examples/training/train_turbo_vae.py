@@ -1,0 +1,99 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Distils the Turbo VAE: a light decoder, all of whose convolutions see both past and future, from that of a Wan VAE.
+
+    python examples/training/train_turbo_vae.py --data data/128 data/256 --teacher runs/video_vae \\
+        --output runs/turbo_vae
+
+The student learns to draw what the teacher draws of the same latents, and half as much what is true. Its encoder is
+the teacher's.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from make_dataset import load_dataset
+from recipe import Run, make_parser, save_sheet, to_frames, to_tensor
+from train_video_vae import Projection, decode, draw_crops
+
+from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
+
+
+def make_turbo_vae(teacher: AutoencoderKLWan, window: int = 13) -> AutoencoderKLMagiHumanTurbo:
+    """A student of a teacher, whose encoder it takes; it decodes so many latent frames at once."""
+    config = teacher.config
+    student = AutoencoderKLMagiHumanTurbo(
+        latent_channels=config.z_dim,
+        decoder_block_out_channels=(16, 24, 48, 64),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        encoder_base_dim=config.base_dim,
+        encoder_dim_mult=config.dim_mult,
+        encoder_num_res_blocks=config.num_res_blocks,
+        first_chunk_size=window,
+        step_size=window,
+        latents_mean=config.latents_mean,
+        latents_std=config.latents_std,
+    )
+    student.encoder.load_state_dict(teacher.encoder.state_dict())
+    student.quant_conv.load_state_dict(teacher.quant_conv.state_dict())
+    return student
+
+
+def main() -> None:
+    parser = make_parser(__doc__, steps=3000, batch_size=2, learning_rate=1e-3)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="datasets, of falling importance")
+    parser.add_argument("--teacher", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--frames", type=int, default=25, help="of a training clip, 4 * k + 1, default: %(default)s")
+    parser.add_argument("--crop", type=int, default=96, help="pixels, a multiple of 16, default: %(default)s")
+    arguments = parser.parse_args()
+
+    # 1. Data and models
+    datasets = [load_dataset(folder).frames for folder in arguments.data]
+    teacher = AutoencoderKLWan.from_pretrained(arguments.teacher / "vae")
+    torch.manual_seed(arguments.seed)
+    student = make_turbo_vae(teacher)
+    run = Run(arguments, {"decoder": student.decoder})
+    teacher, student = teacher.to(run.device).eval(), student.to(run.device)
+    projection = Projection.load(arguments.teacher / "projection.safetensors").to(run.device)
+
+    # 2. Train
+    for rng in run.steps():
+        video = draw_crops(datasets, rng, arguments.batch_size, arguments.frames, arguments.crop)
+        video = to_tensor(video).to(run.device)
+        latents = projection.encode(video)
+        with run.accelerator.autocast():
+            with torch.no_grad():
+                target = decode(teacher, latents).clamp(-1, 1)
+            decoded = run.models["decoder"](latents, is_first_chunk=True)
+        teacher_loss, true_loss = F.mse_loss(decoded.float(), target), F.mse_loss(decoded.float(), video)
+        run.update(
+            "decoder",
+            4 * teacher_loss + 2 * true_loss,
+            psnr_to_teacher=-10 * torch.log10(teacher_loss.detach() / 4),
+            psnr=-10 * torch.log10(true_loss.detach() / 4),
+        )
+
+    # 3. Save, and look: true, the teacher's, the student's
+    student.eval().save_pretrained(arguments.output / "vae")
+    video = to_tensor(datasets[0][:4]).to(run.device)
+    with torch.no_grad():
+        latents = projection.encode(video)
+        videos = (video, decode(teacher, latents), student.decode(latents).sample)
+    save_sheet([to_frames(part)[clip, ::8] for clip in range(4) for part in videos], arguments.output / "samples.png")
+
+
+if __name__ == "__main__":
+    main()
