@@ -1,4 +1,4 @@
-.PHONY: style quality cards test bench
+.PHONY: style quality cards test bench nano
 
 sources = src tests examples benchmarks setup.py
 
@@ -18,3 +18,9 @@ test:
 
 bench:
 	python benchmarks/turbo_vae.py
+
+# Minutes on two cores; the models of the package had more.
+NANO_BUDGET ?= 360
+
+nano:
+	bash examples/training/nano.sh $(NANO_BUDGET)

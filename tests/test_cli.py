@@ -174,9 +174,3 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypa
     captured = capsys.readouterr()
     assert status == 2 and not captured.out
     assert message in captured.err and len(captured.err.splitlines()) == 1
-
-
-def test_no_model_is_one_line(capsys):
-    with pytest.raises(SystemExit):
-        main(["generate", "a"])
-    assert capsys.readouterr().err == "magihuman generate: error: the following arguments are required: --model\n"

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Puts what the recipes trained together as three Diffusers directories that share files: base, distilled, upscale.
 
-    python examples/training/assemble.py runs src/diffusers_magihuman/embedded_models
+    python examples/training/assemble.py runs models
 
 Weights are float16. What several models have in common lies in `shared` and is linked from there.
 """

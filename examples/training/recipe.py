@@ -185,7 +185,7 @@ def save_picture(image: PIL.Image.Image, picture: Path) -> None:
 
 def to_tensor(frames: np.ndarray) -> torch.Tensor:
     """Frames uint8 `(batch, frames, height, width, 3)` to `(batch, 3, frames, height, width)` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(frames)).movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:

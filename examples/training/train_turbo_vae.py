@@ -37,7 +37,7 @@ def make_turbo_vae(teacher: AutoencoderKLWan, window: int = 13) -> AutoencoderKL
     config = teacher.config
     student = AutoencoderKLMagiHumanTurbo(
         latent_channels=config.z_dim,
-        decoder_block_out_channels=(16, 24, 48, 64),
+        decoder_block_out_channels=(16, 24, 40, 56),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
         encoder_base_dim=config.base_dim,
         encoder_dim_mult=config.dim_mult,
@@ -92,7 +92,9 @@ def main() -> None:
     with torch.no_grad():
         latents = projection.encode(video)
         videos = (video, decode(teacher, latents), student.decode(latents).sample)
-    save_sheet([to_frames(part)[clip, ::8] for clip in range(4) for part in videos], arguments.output / "samples.png")
+    save_sheet(
+        [to_frames(part)[clip, ::8] for clip in range(len(video)) for part in videos], arguments.output / "samples.png"
+    )
 
 
 if __name__ == "__main__":

@@ -165,7 +165,8 @@ def main() -> None:
     file = arguments.output / "projection.safetensors"
     if not file.exists():
         rng = np.random.default_rng(arguments.seed)
-        clips = [clips[seed] for clips in datasets for seed in rng.integers(len(clips), size=120 // len(datasets))]
+        count = 120 // len(datasets)
+        clips = [clips[seed] for clips in datasets for seed in rng.permutation(len(clips))[:count]]
         patches = [Projection.to_patches(to_tensor(clip[None])).flatten(0, 3) for clip in clips]
         projection = Projection()
         # A large frame has more patches than a small one, and no more to say.
@@ -199,7 +200,7 @@ def main() -> None:
     video = to_tensor(datasets[0][:4]).to(run.device)
     with torch.no_grad():
         decoded, reconstructed = decode(vae, projection.encode(video)), vae(video).sample
-    rows = [to_frames(part)[clip, ::8] for clip in range(4) for part in (video, decoded, reconstructed)]
+    rows = [to_frames(part)[clip, ::8] for clip in range(len(video)) for part in (video, decoded, reconstructed)]
     save_sheet(rows, arguments.output / "samples.png")
 
 

@@ -171,7 +171,10 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
     if arguments.model is None:
         arguments.model = embedded_model()
-        print("magihuman: without --model, a tiny model of drawn heads that say ma, me, mi, mo and mu", file=sys.stderr)
+        print(
+            "magihuman: no --model is given, so the package's tiny one draws heads that say ma, me, mi, mo and mu",
+            file=sys.stderr,
+        )
     index = check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline)
     check_upscale(arguments, index)
 

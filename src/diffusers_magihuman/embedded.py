@@ -24,8 +24,9 @@ def embedded_model(name: str = "distilled") -> str:
     Path of a tiny model of drawn talking heads, which needs no download and no GPU.
 
     Three Diffusers directories for `DiffusionPipeline.from_pretrained`, which share files. They make 49 frames of
-    128x128 pixels, or 256x256 with `"upscale"`, of a head that says the syllables ma, me, mi, mo and mu. The model card
-    beside them tells what a prompt may ask for and how well it is followed; `examples/training` is how they were made.
+    128x128 pixels, or 256x256 with `"upscale"`, of a head that says the syllables ma, me, mi, mo and mu. The model
+    card beside them tells what a prompt may ask for and how well it is followed; the recipes that made them are
+    `examples/training`.
 
     Args:
         name (`str`, defaults to `"distilled"`):

@@ -40,7 +40,6 @@ from .pipeline_output import MagiHumanPipelineOutput
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
-
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -327,7 +326,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
             height, width (`int`, *optional*): Size in pixels, multiples of 32. Default to the model's, 256 and 448.
             num_frames (`int`, *optional*):
                 Length at 25 frames a second; the sound gets exactly this length, the video the nearest `4 * k + 1`
-                frames below. Defaults to the length of `audio`, or the model's, 126. `audio` is cut or padded with silence to it.
+                frames below. Defaults to the length of `audio`, or the model's, 126. `audio` is cut or padded with
+                silence to it.
             num_inference_steps (`int`, *optional*): Defaults to 32, or 8 when distilled.
             guidance_scale, audio_guidance_scale (`float`, *optional*):
                 Guidance of video and sound, off at 1 for both. Default to 5.0, or 1.0 when distilled.

@@ -211,7 +211,8 @@ def upscale_loss(
         low_latents (`torch.Tensor`):
             Those of the same video in low resolution, resized and noisy, of the same shape; with `audio_latents`, what
             [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives.
-        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Noisy latents of the sound.
+        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`):
+            Noisy latents of the sound.
         prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
         prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
         noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].

@@ -1,0 +1,112 @@
+# Copyright 2026 The diffusers-magihuman authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The models in the package: they load, do what prompts, pictures and voices say, and repeat themselves."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import world
+from diffusers import DiffusionPipeline
+from recognise import measure_mouth, measure_pitch, recognise_look, recognise_voice
+
+from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline, embedded_model, load_audio
+from diffusers_magihuman.cli import main
+from diffusers_magihuman.embedded import EMBEDDED_MODELS
+from diffusers_magihuman.media import read_video
+
+
+PROMPTS = [world.make_clip(seed, size=16, held_out=True) for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = DiffusionPipeline.from_pretrained(embedded_model())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, clip, seed=0, **kwargs):
+    output = pipe(clip.prompt, generator=torch.Generator().manual_seed(seed), **kwargs)
+    return np.round(output.frames[0] * 255).astype(np.uint8), output.audio[0].mean(axis=0)
+
+
+def test_size_of_the_weights():
+    folder = Path(embedded_model()).parent
+    files = [Path(path) / name for path, _, names in os.walk(folder) for name in names]
+    assert sum(file.stat().st_size for file in files if not file.is_symlink()) <= 20_000_000
+    assert all(file.suffix in (".safetensors", ".json", ".md") for file in files)
+    assert (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_loads_by_name(name):
+    pipe = DiffusionPipeline.from_pretrained(embedded_model(name))
+    assert type(pipe) is (MagiHumanLatentUpscalePipeline if name == "upscale" else MagiHumanAudioVideoPipeline)
+    assert pipe.transformer.dtype == pipe.vae.dtype == pipe.audio_vae.dtype == torch.float32
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"`name`='turbo' must be one of \('distilled', 'base', 'upscale'\)"):
+        embedded_model("turbo")
+
+
+@pytest.mark.parametrize("clip", PROMPTS, ids=lambda clip: clip.scene.shirt)
+def test_does_what_the_prompt_says(clip, pipe):
+    frames, voice = run(pipe, clip)
+    assert frames.shape == (49, 128, 128, 3) and voice.shape == (49 * 2048,)
+    look = recognise_look(frames)
+    assert (look["shirt"], look["background"]) == (clip.scene.shirt, clip.scene.background)
+    assert recognise_voice(voice) == clip.scene.voice
+    assert measure_mouth(frames).std() > 0.02
+
+
+def test_same_seed_same_bytes(pipe):
+    first, second, other = (run(pipe, PROMPTS[0], seed) for seed in (5, 5, 6))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
+    assert first[0].tobytes() != other[0].tobytes()
+
+
+def test_follows_a_picture(pipe):
+    """The prompt is of somebody else: the first frame stays that of the picture, and so do wall and shirt."""
+    clip = world.make_clip(4, held_out=True)
+    frames, _ = run(pipe, PROMPTS[0], image=clip.frames[0].astype(np.float32) / 255)
+    error = np.square(frames[0].astype(float) - clip.frames[0]).mean()
+    assert 10 * np.log10(255**2 / error) > 18
+    look = recognise_look(frames)
+    assert (look["shirt"], look["background"]) == (clip.scene.shirt, clip.scene.background)
+
+
+def test_follows_a_voice(pipe):
+    clip = PROMPTS[1]
+    frames, voice = run(pipe, clip, audio=(torch.from_numpy(clip.voice), world.SAMPLING_RATE))
+    assert measure_pitch(voice) == pytest.approx(measure_pitch(clip.voice), rel=0.02)
+    assert len(frames) == 49
+    assert np.corrcoef(measure_mouth(frames), clip.mouth[:, 1])[0, 1] > 0.4
+
+
+def test_command_without_a_model(tmp_path, capsys):
+    clip, file = PROMPTS[0], tmp_path / "hello.mp4"
+    assert main(["generate", clip.prompt, "-o", str(file), "--seed", "0"]) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.err.splitlines() if line.startswith("magihuman:")] == [
+        "magihuman: no --model is given, so the package's tiny one draws heads that say ma, me, mi, mo and mu"
+    ]
+    frames, rate = read_video(file)
+    assert frames.shape == (49, 128, 128, 3) and rate == 25
+    assert recognise_look(frames)["shirt"] == clip.scene.shirt
+    sound = load_audio(str(file), world.SAMPLING_RATE).mean(dim=0).numpy()
+    assert recognise_voice(sound) == clip.scene.voice
