@@ -96,6 +96,22 @@ def test_loss_is_the_error_of_the_velocity():
     assert loss.loss.requires_grad and not loss.video_loss.requires_grad
 
 
+def test_weights_say_which_positions_count():
+    model, batch = make_transformer(), make_batch()
+    levels, weights = torch.tensor([0.3, 0.9]), torch.zeros(2, 1, 3, 4, 4)
+    weights[:, :, 1, :2] = 5.0
+
+    def loss(**kwargs):
+        return flow_matching_loss(model, *batch, levels, generator=seeded(), **kwargs)
+
+    part = loss(latent_weights=weights)
+    other = loss(latent_weights=weights.flip(3))
+    assert part.video_loss != other.video_loss and part.audio_loss == other.audio_loss
+    half = loss(latent_weights=(weights + weights.flip(3)) / 7)  # all of the middle frame, in any unit
+    torch.testing.assert_close(half.video_loss, (part.video_loss + other.video_loss) / 2)
+    assert loss(latent_weights=torch.ones(1)).video_loss == loss().video_loss
+
+
 @pytest.mark.parametrize("part", ["image", "audio"])
 def test_what_is_given_is_shown_clean_and_costs_nothing(part):
     model, batch = RecordingTransformer(make_transformer()), make_batch()

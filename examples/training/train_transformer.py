@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
     parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--text-dropout", type=float, default=0.1, help="of a batch, default: %(default)s")
     arguments = parser.parse_args()
 
@@ -109,6 +110,9 @@ def main() -> None:
         if rng.random() < arguments.text_dropout:
             embeds, mask = texts.negative.expand(arguments.batch_size, -1, -1), None
         noise_levels = sample_noise_levels(arguments.batch_size, "uniform", arguments.shift, device=run.device)
+        # What moves counts for more: walls and shirts are easily learned, lips are not.
+        motion = latents.diff(dim=2, append=latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
+        weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True)
         with run.accelerator.autocast():
             loss = flow_matching_loss(
                 run.models["transformer"],
@@ -119,7 +123,8 @@ def main() -> None:
                 noise_levels,
                 audio_weight=arguments.audio_weight,
                 image_probability=0.15,
-                audio_probability=0.15,
+                audio_probability=0.25,
+                latent_weights=weights,
             )
         run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)
         if (run.step + 1) % arguments.save_every == 0:

@@ -142,6 +142,7 @@ def flow_matching_loss(
     audio_weight: float = 1.0,
     image_probability: float = 0.0,
     audio_probability: float = 0.0,
+    latent_weights: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> FlowMatchingLoss:
     """
@@ -161,6 +162,9 @@ def flow_matching_loss(
         video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
         image_probability (`float`, defaults to 0.0): How often the first frame is given.
         audio_probability (`float`, defaults to 0.0): How often the sound is given.
+        latent_weights (`torch.Tensor`, *optional*):
+            How much each position of the video counts, relative to the others; it broadcasts to the latents. Lips are
+            a small part of a picture, and what is looked at most.
         generator (`torch.Generator`, *optional*): Draws the noise and what is given; on the device of the latents.
 
     Returns:
@@ -180,16 +184,17 @@ def flow_matching_loss(
         encoder_attention_mask=prompt_embeds_mask,
         return_dict=False,
     )
-    video_loss = masked_mean((velocity - (noise - latents)).square(), learns_frame)
+    weights = learns_frame if latent_weights is None else learns_frame * latent_weights
+    video_loss = masked_mean((velocity - (noise - latents)).square(), weights)
     audio_loss = masked_mean((audio_velocity - (audio_noise - audio_latents)).square(), learns_sound)
     loss = video_weight * video_loss + audio_weight * audio_loss
     return FlowMatchingLoss(loss, video_loss.detach(), audio_loss.detach())
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the values where the mask, which broadcasts to them, is true; 0 where it never is."""
-    mask = mask.expand_as(values)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of the values; weights broadcast to them, a mask is one of 0 and 1; 0 where all weights are."""
+    weights = weights.expand_as(values).to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def upscale_loss(
