@@ -46,6 +46,7 @@ from recognise import (  # noqa: E402
     measure_mouth,
     recognise_look,
     recognise_voice,
+    to_voice,
     train_syllable_reader,
 )
 
@@ -97,7 +98,7 @@ def generate(
             **{name: values[batch] for name, values in conditions.items()},
         )
         videos += [np.round(frames * 255).astype(np.uint8) for frames in output.frames]
-        voices += [audio.mean(axis=0) for audio in output.audio]
+        voices += [to_voice(sound) for sound in output.audio]
     return videos, voices
 
 

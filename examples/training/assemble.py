@@ -71,7 +71,12 @@ def main() -> None:
     low = {"default_height": 128, "default_width": 128, "default_num_frames": 49}
     pipelines: dict[str, DiffusionPipeline] = {
         "base": MagiHumanAudioVideoPipeline(
-            **common, transformer=transformers["base"], scheduler=MagiHumanFlowScheduler(), vae=wan, **low
+            **common,
+            transformer=transformers["base"],
+            scheduler=MagiHumanFlowScheduler(),
+            vae=wan,
+            default_guidance_scale=2.0,
+            **low,
         ),
         "distilled": MagiHumanAudioVideoPipeline(
             **common,

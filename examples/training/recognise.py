@@ -25,6 +25,8 @@ import torch.nn.functional as F
 import world
 from torch import nn
 
+from diffusers_magihuman.media import resample_audio
+
 
 NUM_BANDS = 32
 STEP = 512  # samples between two looks at the sound, 10 ms
@@ -85,17 +87,23 @@ def measure_mouth(frames: np.ndarray) -> np.ndarray:
 
 
 def measure_pitch(voice: np.ndarray) -> float:
-    """Median pitch in Hz of a voice at 51,200 Hz, by autocorrelation in windows of 80 ms."""
+    """Pitch in Hz of a voice at 51,200 Hz, by the mean autocorrelation of windows of 80 ms."""
     windows = np.lib.stride_tricks.sliding_window_view(voice, 4096)[::1024]
     windows = windows[np.square(windows).mean(axis=1) > 0.1 * np.square(windows).mean()]
     spectra = np.abs(np.fft.rfft(windows * np.hanning(4096), 8192)) ** 2
     correlation = np.fft.irfft(spectra)[:, :2048]
+    correlation = (correlation / correlation[:, :1]).mean(axis=0)
     shortest, longest = world.SAMPLING_RATE // 330, world.SAMPLING_RATE // 75
-    # A multiple of the period correlates as well as the period: take the first that is nearly the best.
-    candidates = correlation[:, shortest:longest]
-    good = candidates >= 0.9 * candidates.max(axis=1, keepdims=True)
-    peaks = good & (candidates >= np.roll(candidates, 1, axis=1)) & (candidates >= np.roll(candidates, -1, axis=1))
-    return float(np.median(world.SAMPLING_RATE / (shortest + peaks.argmax(axis=1))))
+    candidates = correlation[shortest:longest]
+    # A multiple of the period correlates as well as the period: take the first peak that is nearly the best.
+    peaks = (candidates >= np.roll(candidates, 1)) & (candidates >= np.roll(candidates, -1))
+    return world.SAMPLING_RATE / (shortest + (peaks & (candidates >= 0.9 * candidates.max())).argmax())
+
+
+def to_voice(sound: np.ndarray) -> np.ndarray:
+    """Sound of a pipeline, `(channels, samples)` of two seconds, as a voice of the world at 51,200 Hz."""
+    num_samples = world.NUM_FRAMES * world.SAMPLING_RATE // world.FRAME_RATE
+    return resample_audio(torch.from_numpy(sound), num_samples).mean(dim=0).numpy()
 
 
 def recognise_voice(voice: np.ndarray) -> str:

@@ -48,7 +48,8 @@ def make_audio_vae() -> AutoencoderOobleck:
         channel_multiples=[2, 4, 8],
         decoder_channels=16,
         decoder_input_channels=LATENT_CHANNELS,
-        sampling_rate=SAMPLING_RATE,
+        # What the pipelines resample to, as with the published model; AAC knows no 51,200 Hz.
+        sampling_rate=44100,
     )
     # The posterior's standard deviation is a constant, so small that a sample is as good as the mean.
     nn.init.zeros_(vae.encoder.conv2.weight_g[LATENT_CHANNELS:])

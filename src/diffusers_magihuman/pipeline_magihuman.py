@@ -75,6 +75,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         is_distilled (`bool`, defaults to `False`): Whether the defaults are 8 steps without guidance.
         default_height, default_width (`int`, defaults to 256 and 448): Size in pixels when a call names none.
         default_num_frames (`int`, defaults to 126): Length when a call gives neither a length nor a sound.
+        default_guidance_scale (`float`, *optional*): Guidance when a call names none; 5, or 1 when distilled.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         default_height: int = 256,
         default_width: int = 448,
         default_num_frames: int = 126,
+        default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.register_components(
@@ -104,6 +106,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
             default_height=default_height,
             default_width=default_width,
             default_num_frames=default_num_frames,
+            default_guidance_scale=default_guidance_scale,
         )
 
     @classmethod
@@ -369,6 +372,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
 
         # 1. Fill in defaults, read files, check everything
         default_steps, default_scale = (8, 1.0) if self.config.is_distilled else (32, 5.0)
+        if self.config.default_guidance_scale is not None:
+            default_scale = self.config.default_guidance_scale
         num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
         height = self.config.default_height if height is None else height
         width = self.config.default_width if width is None else width
