@@ -13,7 +13,6 @@
 # limitations under the License.
 """The models in the package: they load, do what prompts, pictures and voices say, and repeat themselves."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import world
 from diffusers import DiffusionPipeline
 from recognise import measure_pitch, recognise_look, to_voice
 
+import diffusers_magihuman
 from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline, embedded_model, load_audio
 from diffusers_magihuman.cli import main
 from diffusers_magihuman.embedded import EMBEDDED_MODELS
@@ -45,18 +45,21 @@ def run(pipe, clip, seed=0, **kwargs):
 
 
 def test_size_of_the_weights():
-    folder = Path(embedded_model()).parent
-    files = [Path(path) / name for path, _, names in os.walk(folder) for name in names]
-    assert sum(file.stat().st_size for file in files if not file.is_symlink()) <= 20_000_000
-    assert all(file.suffix in (".safetensors", ".json", ".md") for file in files)
-    assert (folder / "README.md").is_file()
+    folder = Path(diffusers_magihuman.__file__).parent / "embedded_models"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20_000_000
+    assert {file.suffix for file in files} == {".safetensors", ".json", ".md"}
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
-def test_loads_by_name(name):
-    pipe = DiffusionPipeline.from_pretrained(embedded_model(name))
+def test_loads_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path)
+    folder = embedded_model(name)
+    pipe = DiffusionPipeline.from_pretrained(folder)
     assert type(pipe) is (MagiHumanLatentUpscalePipeline if name == "upscale" else MagiHumanAudioVideoPipeline)
     assert pipe.transformer.dtype == pipe.vae.dtype == pipe.audio_vae.dtype == torch.float32
+    assert embedded_model(name) == folder
+    assert len(list(tmp_path.glob("*/embedded-models/default/*"))) == (name != "distilled")
 
 
 def test_unknown_name():

@@ -11,15 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Puts what the recipes trained together as three Diffusers directories that share files: base, distilled, upscale.
+"""Puts what the recipes trained together as three Diffusers directories in float16: base, distilled, upscale.
 
-    python examples/training/assemble.py runs models
-
-Weights are float16. What several models have in common lies in `shared` and is linked from there.
+python examples/training/assemble.py runs models
 """
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -36,21 +33,15 @@ from diffusers_magihuman import (
 )
 
 
-def share(models: list[Path], part: str, shared: Path) -> None:
-    """Moves the files of a part of the first model to `shared` and links them into all of the models."""
-    for file in sorted((models[0] / part).iterdir()):
-        shared.mkdir(parents=True, exist_ok=True)
-        shutil.move(file, shared / file.name)
-        for model in models:
-            link = model / part / file.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(shared / file.name, link.parent))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the recipes' outputs")
     parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="leave out of base and upscale what they have in common with distilled, as the package's data does",
+    )
     arguments = parser.parse_args()
 
     # 1. Load
@@ -99,16 +90,18 @@ def main() -> None:
     shutil.rmtree(new, ignore_errors=True)
     for name, pipe in pipelines.items():
         pipe.save_pretrained(new / name)
-    for part in ("tokenizer", "text_encoder", "audio_vae"):
-        share([new / name for name in pipelines], part, new / "shared" / part)
-    share([new / "distilled", new / "upscale"], "vae", new / "shared" / "vae")
+    if arguments.share:
+        for part in ("base/tokenizer", "base/text_encoder", "base/audio_vae"):
+            shutil.rmtree(new / part)
+        for part in ("upscale/tokenizer", "upscale/text_encoder", "upscale/audio_vae", "upscale/vae"):
+            shutil.rmtree(new / part)
 
     # 3. Replace what was there, but for the card
     for file in arguments.output.glob("*.md"):
         shutil.copy(file, new / file.name)
     shutil.rmtree(arguments.output, ignore_errors=True)
     new.replace(arguments.output)
-    files = [file for file in arguments.output.rglob("*") if file.is_file() and not file.is_symlink()]
+    files = [file for file in arguments.output.rglob("*") if file.is_file()]
     print(f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB in {arguments.output}")
 
 
