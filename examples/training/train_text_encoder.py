@@ -161,14 +161,17 @@ def main() -> None:
     run = Run(arguments, {"text": TextModel(make_text_encoder(len(tokenizer)))})
     for rng in run.steps():
         scenes = [world.make_scene(rng) for _ in range(arguments.batch_size)]
-        texts = tokenizer([world.make_prompt(scene, rng) for scene in scenes], padding=True, return_tensors="pt")
-        texts = texts.to(run.device)
+        said = [world.leave_out(scene, rng) for scene in scenes]
+        prompts = [world.make_prompt(scene, rng, parts=rng.random() < 0.5) for scene in said]
+        texts = tokenizer(prompts, padding=True, return_tensors="pt").to(run.device)
         attributes, syllables = run.models["text"](texts.input_ids, texts.attention_mask)
         losses, hits = [], []
         for logits, (name, table) in zip(attributes, ATTRIBUTES.items(), strict=True):
-            target = torch.tensor([list(table).index(getattr(scene, name)) for scene in scenes], device=run.device)
-            losses.append(F.cross_entropy(logits, target))
-            hits.append((logits.argmax(dim=1) == target).float().mean())
+            numbers = {None: -1, **{value: number for number, value in enumerate(table)}}
+            target = torch.tensor([numbers[getattr(scene, name)] for scene in said], device=run.device)
+            count = (target >= 0).sum().clamp(min=1)
+            losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / count)
+            hits.append(((logits.argmax(dim=1) == target) | (target < 0)).float().mean())
         target = torch.from_numpy(np.stack([syllables_heard(scene) for scene in scenes])).to(run.device)
         losses.append(4 * F.cross_entropy(syllables.flatten(0, 1), target.flatten()))
         run.update(

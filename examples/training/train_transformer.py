@@ -51,13 +51,14 @@ def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
 def draw_batch(
     cache: Cache, rng: np.random.Generator, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Draws latents of video and sound, and a new wording of the prompt of each."""
+    """Draws latents of video and sound, and for each a new prompt, which may leave things out."""
     clips = rng.integers(len(cache.scenes), size=batch_size)
     latents, audio_latents = (
         torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
         for values in (cache.latents, cache.audio_latents)
     )
-    return latents, audio_latents, [world.make_prompt(cache.scenes[clip], rng) for clip in clips]
+    said = [world.leave_out(cache.scenes[clip], rng) for clip in clips]
+    return latents, audio_latents, [world.make_prompt(scene, rng, parts=rng.random() < 0.5) for scene in said]
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def main() -> None:
                 mask,
                 noise_levels,
                 audio_weight=arguments.audio_weight,
-                image_probability=0.15,
+                image_probability=0.25,
                 audio_probability=0.25,
                 latent_weights=weights,
             )

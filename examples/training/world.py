@@ -24,7 +24,7 @@
 
 import argparse
 import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +56,8 @@ BACKGROUND = {
     "yellow": (250, 238, 160),
     "blue": (150, 196, 246),
 }
-# Pitch in Hz, and a factor of the formants.
-VOICE = {"deep": (105.0, 0.90), "medium": (165.0, 1.0), "high": (250.0, 1.15)}
+# Pitch in Hz, a whole number of periods a frame so that phases go on smoothly, and a factor of the formants.
+VOICE = {"deep": (100.0, 0.90), "medium": (175.0, 1.0), "high": (250.0, 1.15)}
 
 
 class Vowel(NamedTuple):
@@ -79,15 +79,15 @@ CLOSED = Vowel((260, 1200, 2200), (0.140, 0.012))  # the hum of an m
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says: keys of the tables above."""
+    """What a prompt says: keys of the tables above, `None` where it says nothing."""
 
-    skin: str
-    hair_colour: str
-    hair_length: str
-    glasses: bool
-    shirt: str
-    background: str
-    voice: str
+    skin: str | None
+    hair_colour: str | None
+    hair_length: str | None
+    glasses: bool | None
+    shirt: str | None
+    background: str | None
+    voice: str | None
     syllables: tuple[str, ...]
 
     @property
@@ -141,8 +141,8 @@ def make_clip(seed: int, size: int = 128, num_frames: int = NUM_FRAMES, held_out
 # Prompts
 
 
-def make_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """Describes a scene in MagiHuman's three parts, in one of many wordings."""
+def make_prompt(scene: Scene, rng: np.random.Generator, parts: bool = True) -> str:
+    """Describes a scene in one of many wordings, and in MagiHuman's three parts or in the first of them alone."""
 
     def choose(*wordings: str) -> str:
         return wordings[rng.integers(len(wordings))]
@@ -152,11 +152,14 @@ def make_prompt(scene: Scene, rng: np.random.Generator) -> str:
     else:
         glasses = choose("without glasses", "no glasses", "who wears no glasses")
     person = choose("person", "speaker", "presenter")
+    hair = " ".join(word for word in (scene.hair_length, scene.hair_colour) if word)
+    worn = f"{scene.hair_colour} hair worn {scene.hair_length}" if scene.hair_colour and scene.hair_length else None
     facts = [
-        choose(f"{scene.skin} skin", f"a {scene.skin} complexion"),
-        choose(f"{scene.hair_length} {scene.hair_colour} hair", f"{scene.hair_colour} hair worn {scene.hair_length}"),
+        scene.skin and choose(f"{scene.skin} skin", f"a {scene.skin} complexion"),
+        hair and choose(f"{hair} hair", worn or f"{hair} hair"),
     ]
     rng.shuffle(facts)
+    with_facts = " and ".join(fact for fact in facts if fact)
     shirt = choose(f"in a {scene.shirt} shirt", f"wearing a {scene.shirt} shirt", f"dressed in {scene.shirt}")
     place = choose(
         f"before a {scene.background} wall",
@@ -165,13 +168,26 @@ def make_prompt(scene: Scene, rng: np.random.Generator) -> str:
     )
     line = " ".join(scene.syllables)
     says = choose("says", "speaks", "slowly says", "clearly says")
-    voice = choose(f"in a {scene.voice} voice", f"with a {scene.voice} voice")
+    voice = choose(f" in a {scene.voice} voice", f" with a {scene.voice} voice") if scene.voice else ""
     camera = choose(" Static camera.", " Medium close-up, static camera.", "")
-    look = f"A {person} with {facts[0]} and {facts[1]}, {glasses}, {shirt}, {place}."
-    speech = choose(f'The {person} {says} {voice}: "{line}".', f'The {person} {says} "{line}" {voice}.')
+    described = [
+        f"A {person} with {with_facts}" if with_facts else f"A {person}",
+        glasses if scene.glasses is not None else None,
+        scene.shirt and shirt,
+        scene.background and place,
+    ]
+    look = ", ".join(filter(None, described))
+    speech = choose(f'The {person} {says}{voice}: "{line}".', f'The {person} {says} "{line}"{voice}.')
     quiet = choose("Quiet room", "No prominent background sound", "Silence")
+    description = f"{look}.{camera} {speech}"
     dialogue = f'<{person.capitalize()}, syllables>: "{line}"'
-    return f"{look}{camera} {speech}\n\nDialogue:\n{dialogue}\n\nBackground Sound:\n<{quiet}>"
+    return f"{description}\n\nDialogue:\n{dialogue}\n\nBackground Sound:\n<{quiet}>" if parts else description
+
+
+def leave_out(scene: Scene, rng: np.random.Generator) -> Scene:
+    """What a user may say of a scene: everything, or each of what is seen and heard but the syllables by chance."""
+    chance = 0.5 * rng.integers(2)
+    return replace(scene, **{field.name: None for field in fields(Scene)[:-1] if rng.random() < chance})
 
 
 # What is said, as functions of time
@@ -208,8 +224,8 @@ def make_voice(scene: Scene, rng: np.random.Generator, num_frames: int) -> np.nd
     times = np.arange(num_samples) / SAMPLING_RATE
     control = np.arange(0, num_samples + 256, 256) / SAMPLING_RATE  # 200 times a second
     pitch, scale = VOICE[scene.voice]
-    drift = 0.02 * np.sin(2 * np.pi * (0.5 * times + rng.random())) - 0.015 * times / duration
-    frequency = pitch * (1 + 0.02 * rng.uniform(-1, 1) + drift)
+    drift = 0.012 * np.sin(2 * np.pi * (0.5 * times + rng.random())) - 0.01 * times / duration
+    frequency = pitch * (1 + 0.01 * rng.uniform(-1, 1) + drift)
     phase = 2 * np.pi * np.cumsum(frequency) / SAMPLING_RATE
 
     active = activations(scene, control, duration)
