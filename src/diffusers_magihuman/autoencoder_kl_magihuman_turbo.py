@@ -99,7 +99,11 @@ class MagiHumanTurboConv3d(nn.Conv3d):
             first = [hidden_states[:, :, :1]] * self.frame_padding
             last = [hidden_states[:, :, -1:]] * self.frame_padding
             hidden_states = torch.cat([*first, hidden_states, *last], dim=2)
-        return super().forward(hidden_states)
+        weight = self.weight
+        if weight.device.type == "cpu":
+            # oneDNN is up to twice as fast with channels last, and goes by the weight.
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        return self._conv_forward(hidden_states, weight, self.bias)
 
 
 class MagiHumanTurboSeparableConv3d(nn.Module):
