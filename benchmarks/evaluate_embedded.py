@@ -14,6 +14,7 @@
 """Measures the embedded models on prompts of combinations that they were not trained on, with fixed seeds.
 
     python benchmarks/evaluate_embedded.py
+    python benchmarks/evaluate_embedded.py --parts upscale seconds    # these alone, the others stay as they were
 
 Writes `embedded.json`, every number in it, and `embedded.png`, a contact sheet, beside this file. What recognises
 looks and syllables is `examples/training/recognise.py`; its own errors, on drawn clips, are in the results, too.
@@ -41,6 +42,7 @@ sys.path.insert(0, str(root.parent / "examples" / "training"))
 import world  # noqa: E402
 from recipe import save_sheet, to_frames, to_tensor  # noqa: E402
 from recognise import (  # noqa: E402
+    STEP,
     SyllableReader,
     edit_distance,
     measure_mouth,
@@ -51,6 +53,20 @@ from recognise import (  # noqa: E402
 )
 
 from diffusers_magihuman import embedded_model, export_to_mp4  # noqa: E402
+from diffusers_magihuman.embedded import EMBEDDED_MODELS  # noqa: E402
+
+
+PARTS = [
+    "drawn",
+    "seconds",
+    "video_vae",
+    "audio_vae",
+    "distilled",
+    "image_driven",
+    "audio_driven",
+    "upscale",
+    "base",
+]
 
 
 def measure_clips(
@@ -60,21 +76,27 @@ def measure_clips(
     Compares clips with what their prompts say.
 
     Returns:
-        `dict`: Share of clips in which each attribute is right; syllable errors by syllables; and the mean correlation
-        of the mouth's opening with that of the prompt's syllables.
+        `dict`: Share of clips in which each attribute is right; syllable errors by syllables; and mean correlations
+        of the mouth's opening with that of the prompt's syllables, and with that of what is heard in each frame.
     """
-    right, errors, correlations = defaultdict(list), [], []
+    right, errors, with_prompt, with_sound = defaultdict(list), [], [], []
+    openings = np.array([vowel.mouth[1] for vowel in (world.CLOSED, *world.SYLLABLES.values())])
     times = np.arange(world.NUM_FRAMES) / world.FRAME_RATE
     for scene, frames, voice in zip(scenes, videos, voices, strict=True):
         for name, value in {**recognise_look(frames), "voice": recognise_voice(voice)}.items():
             right[name].append(value == getattr(scene, name))
         errors.append(edit_distance(reader.read(voice), scene.syllables))
-        opening = world.mouth_track(scene, times, world.NUM_FRAMES / world.FRAME_RATE)[:, 1]
-        correlations.append(correlate(measure_mouth(frames), opening))
+        mouth = measure_mouth(frames)
+        with_prompt.append(
+            correlate(mouth, world.mouth_track(scene, times, world.NUM_FRAMES / world.FRAME_RATE)[:, 1])
+        )
+        labels = reader(torch.from_numpy(voice)[None]).argmax(dim=1)[0].numpy()
+        with_sound.append(correlate(mouth, openings[labels[np.round(times * world.SAMPLING_RATE / STEP).astype(int)]]))
     return {
         **{name: float(np.mean(values)) for name, values in right.items()},
         "syllable_error_rate": sum(errors) / sum(len(scene.syllables) for scene in scenes),
-        "mouth_correlation": float(np.mean(correlations)),
+        "mouth_correlation": float(np.mean(with_prompt)),
+        "mouth_sound_correlation": float(np.mean(with_sound)),
     }
 
 
@@ -185,49 +207,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=200, help="prompts, default: %(default)s")
     parser.add_argument("--few", type=int, default=20, help="clips of the slower measurements, default: %(default)s")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     parser.add_argument("--output", type=Path, default=root / "embedded.json", help="default: beside this file")
     arguments = parser.parse_args()
 
     clips = [world.make_clip(seed, held_out=True) for seed in range(arguments.clips)]
     few = clips[: arguments.few]
-    scenes = [clip.scene for clip in clips]
     with torch.enable_grad():
         reader = train_syllable_reader()
-    pipes = {
-        name: DiffusionPipeline.from_pretrained(embedded_model(name)) for name in ("distilled", "base", "upscale")
-    }
+    pipes = {name: DiffusionPipeline.from_pretrained(embedded_model(name)) for name in EMBEDDED_MODELS}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    results: dict[str, Any] = {"clips": arguments.clips, "few": arguments.few, "threads": torch.get_num_threads()}
+    distilled = pipes["distilled"]
+    results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.parts != PARTS else {}
+    results |= {"clips": arguments.clips, "few": arguments.few, "threads": torch.get_num_threads()}
+    sheets = {}
 
-    def report(name: str, values: dict[str, float]) -> None:
-        results[name] = {key: round(value, 4) for key, value in values.items()}
-        print(json.dumps({name: results[name]}), flush=True)
+    def measure(part: str) -> dict[str, float]:
+        if part == "drawn":
+            frames, voices = [clip.frames for clip in clips], [clip.voice for clip in clips]
+            return measure_clips([clip.scene for clip in clips], frames, voices, reader)
+        if part == "seconds":
+            return measure_seconds(distilled, few[:5])
+        if part == "video_vae":
+            return measure_vaes(pipes["base"].vae, distilled.vae, few)
+        if part == "audio_vae":
+            return measure_audio_vae(distilled.audio_vae, few, reader)
+        if part == "upscale":
+            large = [world.make_clip(seed, size=256, held_out=True) for seed in range(len(few))]
+            values, sheets["_upscale"] = measure_upscale(pipes["upscale"], few, large)
+            return values
+        driven_by = {
+            "image_driven": {"image": [clip.frames[0].astype(np.float32) / 255 for clip in few]},
+            "audio_driven": {"audio": [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]},
+        }
+        made = few if part in driven_by else clips
+        videos, voices = generate(pipes.get(part, distilled), made, **driven_by.get(part, {}))
+        if part == "distilled":
+            sheets[""] = [frames[4:45:8] for frames in videos[:6]]
+        return measure_clips([clip.scene for clip in made], videos, voices, reader)
 
-    report("drawn", measure_clips(scenes, [clip.frames for clip in clips], [clip.voice for clip in clips], reader))
-    report("seconds", measure_seconds(pipes["distilled"], few[:5]))
-    report("video_vae", measure_vaes(pipes["base"].vae, pipes["distilled"].vae, few))
-    report("audio_vae", measure_audio_vae(pipes["distilled"].audio_vae, few, reader))
-    videos, voices = generate(pipes["distilled"], clips)
-    report("distilled", measure_clips(scenes, videos, voices, reader))
-    sheet = [frames[4:45:8] for frames in videos[:6]]
-
-    images = [clip.frames[0].astype(np.float32) / 255 for clip in few]
-    driven, sounds = generate(pipes["distilled"], few, image=images)
-    report("image_driven", measure_clips(scenes[: len(few)], driven, sounds, reader))
-    heard = [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]
-    driven, sounds = generate(pipes["distilled"], few, audio=heard)
-    report("audio_driven", measure_clips(scenes[: len(few)], driven, sounds, reader))
-
-    large = [world.make_clip(seed, size=256, held_out=True) for seed in range(len(few))]
-    values, rows = measure_upscale(pipes["upscale"], few, large)
-    report("upscale", values)
-    videos, voices = generate(pipes["base"], clips)
-    report("base", measure_clips(scenes, videos, voices, reader))
-
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    save_sheet(sheet, arguments.output.with_suffix(".png"))
-    save_sheet(rows, arguments.output.with_name(f"{arguments.output.stem}_upscale.png"))
+    for part in arguments.parts:
+        results[part] = {key: round(value, 4) for key, value in measure(part).items()}
+        print(json.dumps({part: results[part]}), flush=True)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    for suffix, rows in sheets.items():
+        save_sheet(rows, arguments.output.with_name(f"{arguments.output.stem}{suffix}.png"))
 
 
 if __name__ == "__main__":
