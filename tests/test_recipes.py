@@ -65,7 +65,7 @@ RECIPES = {
     ),
     "distilled": (
         train_distilled,
-        "--data cache/128 --base runs/base --text runs/text_encoder --video-vae runs/video_vae --batch-size 6"
+        "--data cache/128 --base runs/base --text runs/text_encoder --video-vae runs/video_vae --batch-size 12"
         " --learning-rate 2e-3",
         ["transformer/diffusion_pytorch_model.safetensors"],
         "critic_loss",

@@ -24,12 +24,11 @@ at, but for first frames and sounds that are given.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from cache_latents import load_cache
 from recipe import Run, make_parser, save_sheet
 from train_text_encoder import Texts
-from train_transformer import draw_batch, draw_samples
+from train_transformer import Batch, draw_batch, draw_samples
 from train_video_vae import Projection
 
 from diffusers_magihuman import MagiHumanFlowScheduler, MagiHumanTransformer3DModel
@@ -51,12 +50,12 @@ def hold(states: States, given: States, held: States) -> States:
     return tuple(torch.where(mask, known, state) for state, known, mask in zip(states, given, held, strict=True))
 
 
-def draw_held(latents: torch.Tensor, rng: np.random.Generator, probability: float = 0.15) -> States:
-    """Draws whose first frame and whose sound are given, as masks that broadcast to the latents."""
-    frames = torch.zeros(len(latents), 1, latents.shape[2], 1, 1, dtype=torch.bool, device=latents.device)
-    frames[:, 0, 0, 0, 0] = torch.from_numpy(rng.random(len(latents)) < probability)
-    sounds = torch.from_numpy(rng.random(len(latents)) < probability).to(latents.device)
-    return frames, sounds[:, None, None]
+def masks(batch: Batch) -> States:
+    """The first frame and the sound that are given, true where they are, broadcast to the latents."""
+    frames = torch.zeros(len(batch.latents), 1, batch.latents.shape[2], 1, 1, dtype=torch.bool)
+    frames = frames.to(batch.latents.device)
+    frames[:, 0, 0, 0, 0] = batch.has_frame
+    return frames, batch.has_sound[:, None, None]
 
 
 def generate(
@@ -108,9 +107,8 @@ def main() -> None:
     # 2. Train
     for rng in run.steps():
         for number in range(arguments.critic_steps + 1):
-            latents, audio_latents, prompts = draw_batch(cache, rng, arguments.batch_size, run.device)
-            given, held = (latents, audio_latents), draw_held(latents, rng)
-            text = texts.embed(prompts)
+            batch = draw_batch(cache, rng, arguments.batch_size, run.device)
+            given, held, text = batch[:2], masks(batch), texts.embed(batch.prompts)
             learns = number == arguments.critic_steps
             levels = sample_noise_levels(arguments.batch_size, "uniform", 3.0, device=run.device)
             with run.accelerator.autocast(), torch.set_grad_enabled(learns):

@@ -20,7 +20,9 @@ text: so the model learns to follow an image or a voice, and to be guided.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,17 +50,39 @@ def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
     )
 
 
-def draw_batch(
-    cache: Cache, rng: np.random.Generator, batch_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Draws latents of video and sound, and for each a new prompt, which may leave things out."""
+class Batch(NamedTuple):
+    """Latents of video and sound, prompts, and whose first frame and whose sound are given, bool `(batch_size,)`."""
+
+    latents: torch.Tensor
+    audio_latents: torch.Tensor
+    prompts: list[str]
+    has_frame: torch.Tensor
+    has_sound: torch.Tensor
+
+
+def draw_batch(cache: Cache, rng: np.random.Generator, batch_size: int, device: torch.device) -> Batch:
+    """
+    Draws clips and a new prompt for each, which may leave things out.
+
+    Where a first frame or a sound is given, half of the prompts say something else of it, so that the model learns to
+    follow what it sees and hears, whatever it reads.
+    """
     clips = rng.integers(len(cache.scenes), size=batch_size)
     latents, audio_latents = (
         torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
         for values in (cache.latents, cache.audio_latents)
     )
-    said = [world.leave_out(cache.scenes[clip], rng) for clip in clips]
-    return latents, audio_latents, [world.make_prompt(scene, rng, parts=rng.random() < 0.5) for scene in said]
+    has_frame, has_sound = rng.random((2, batch_size)) < 0.25
+    prompts = []
+    for clip, frame_is_given, sound_is_given in zip(clips, has_frame, has_sound, strict=True):
+        scene, other = cache.scenes[clip], world.make_scene(rng)
+        heard = other if sound_is_given and rng.random() < 0.5 else scene
+        seen = other if frame_is_given and rng.random() < 0.5 else scene
+        said = world.leave_out(replace(seen, voice=heard.voice, syllables=heard.syllables), rng)
+        prompts.append(world.make_prompt(said, rng, parts=rng.random() < 0.5))
+    return Batch(
+        latents, audio_latents, prompts, *(torch.from_numpy(has).to(device) for has in (has_frame, has_sound))
+    )
 
 
 @torch.no_grad()
@@ -105,7 +129,9 @@ def main() -> None:
 
     # 2. Train
     for rng in run.steps():
-        latents, audio_latents, prompts = draw_batch(cache, rng, arguments.batch_size, run.device)
+        latents, audio_latents, prompts, has_frame, has_sound = draw_batch(
+            cache, rng, arguments.batch_size, run.device
+        )
         embeds, mask = texts.embed(prompts)
         # Whole batches, as the negative prompt is long and would stretch every batch that it is in.
         if rng.random() < arguments.text_dropout:
@@ -123,8 +149,8 @@ def main() -> None:
                 mask,
                 noise_levels,
                 audio_weight=arguments.audio_weight,
-                image_probability=0.25,
-                audio_probability=0.25,
+                image_probability=has_frame.float(),
+                audio_probability=has_sound.float(),
                 latent_weights=weights,
             )
         run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)

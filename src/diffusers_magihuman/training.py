@@ -76,7 +76,7 @@ def sample_noise_levels(
 
 
 def choose(
-    batch_size: int, probability: float, generator: torch.Generator | None, device: torch.device | str
+    batch_size: int, probability: float | torch.Tensor, generator: torch.Generator | None, device: torch.device | str
 ) -> torch.Tensor:
     """Draws which samples of a batch something happens to, bool of shape `(batch_size,)`."""
     return torch.rand(batch_size, generator=generator, device=device) < probability
@@ -140,8 +140,8 @@ def flow_matching_loss(
     noise_levels: torch.Tensor,
     video_weight: float = 1.0,
     audio_weight: float = 1.0,
-    image_probability: float = 0.0,
-    audio_probability: float = 0.0,
+    image_probability: float | torch.Tensor = 0.0,
+    audio_probability: float | torch.Tensor = 0.0,
     latent_weights: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> FlowMatchingLoss:
@@ -160,8 +160,10 @@ def flow_matching_loss(
         prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
         noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
         video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
-        image_probability (`float`, defaults to 0.0): How often the first frame is given.
-        audio_probability (`float`, defaults to 0.0): How often the sound is given.
+        image_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
+            How often the first frame is given, for all samples or for each.
+        audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
+            How often the sound is given, likewise.
         latent_weights (`torch.Tensor`, *optional*):
             How much each position of the video counts, relative to the others; it broadcasts to the latents. Lips are
             a small part of a picture, and what is looked at most.
