@@ -13,7 +13,9 @@
 # limitations under the License.
 """Puts what the recipes trained together as three Diffusers directories in float16: base, distilled, upscale.
 
-python examples/training/assemble.py runs models
+    python examples/training/assemble.py runs models
+
+A directory that is there already is replaced, but for its model card.
 """
 
 import argparse
