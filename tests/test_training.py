@@ -145,6 +145,10 @@ def test_what_is_given_is_shown_clean_and_costs_nothing(part):
         some += sum(torch.equal(shown[i], clean[i]) for i in range(2))
     assert 8 <= some <= 33  # of 80, a quarter expected
 
+    run(torch.tensor([0.0, 1.0]))
+    shown, clean = (states[0][:, :, 0] if part == "image" else states[1] for states in (model.seen, batch))
+    assert [torch.equal(*pair) for pair in zip(shown, clean, strict=True)] == [False, True]
+
 
 @pytest.mark.parametrize("negative_length", [3, 8])
 def test_text_is_dropped_for_the_negative_prompt(negative_length):
