@@ -210,6 +210,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     parser.add_argument("--output", type=Path, default=root / "embedded.json", help="default: beside this file")
     arguments = parser.parse_args()
+    counts = {"clips": arguments.clips, "few": arguments.few}
+    results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.parts != PARTS else {}
+    for name, count in counts.items():
+        if results.get(name, count) != count:
+            parser.error(
+                f"--{name} is {count}, it must be {results[name]} as for the other parts in {arguments.output}"
+            )
 
     clips = [world.make_clip(seed, held_out=True) for seed in range(arguments.clips)]
     few = clips[: arguments.few]
@@ -219,8 +226,7 @@ def main() -> None:
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     distilled = pipes["distilled"]
-    results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.parts != PARTS else {}
-    results |= {"clips": arguments.clips, "few": arguments.few, "threads": torch.get_num_threads()}
+    results |= counts | {"threads": torch.get_num_threads()}
     sheets = {}
 
     def measure(part: str) -> dict[str, float]:
