@@ -28,7 +28,7 @@ import torch
 from cache_latents import load_cache
 from recipe import Run, make_parser, save_sheet
 from train_text_encoder import Texts
-from train_transformer import Batch, draw_batch, draw_samples
+from train_transformer import draw_batch, draw_samples
 from train_video_vae import Projection
 
 from diffusers_magihuman import MagiHumanFlowScheduler, MagiHumanTransformer3DModel
@@ -48,14 +48,6 @@ NUM_STEPS = 8
 def hold(states: States, given: States, held: States) -> States:
     """Puts what is given in its place: first frames and sounds, where `held` is true."""
     return tuple(torch.where(mask, known, state) for state, known, mask in zip(states, given, held, strict=True))
-
-
-def masks(batch: Batch) -> States:
-    """The first frame and the sound that are given, true where they are, broadcast to the latents."""
-    frames = torch.zeros(len(batch.latents), 1, batch.latents.shape[2], 1, 1, dtype=torch.bool)
-    frames = frames.to(batch.latents.device)
-    frames[:, 0, 0, 0, 0] = batch.has_frame
-    return frames, batch.has_sound[:, None, None]
 
 
 def generate(
@@ -108,7 +100,10 @@ def main() -> None:
     for rng in run.steps():
         for number in range(arguments.critic_steps + 1):
             batch = draw_batch(cache, rng, arguments.batch_size, run.device)
-            given, held, text = batch[:2], masks(batch), texts.embed(batch.prompts)
+            given, text = batch[:2], texts.embed(batch.prompts)
+            held_frame = torch.zeros_like(batch.latents[:, :1, :, :1, :1], dtype=torch.bool)
+            held_frame[:, 0, 0, 0, 0] = batch.has_frame
+            held = (held_frame, batch.has_sound[:, None, None])
             learns = number == arguments.critic_steps
             levels = sample_noise_levels(arguments.batch_size, "uniform", 3.0, device=run.device)
             with run.accelerator.autocast(), torch.set_grad_enabled(learns):
