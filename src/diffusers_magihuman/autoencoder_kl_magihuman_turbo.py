@@ -101,7 +101,7 @@ class MagiHumanTurboConv3d(nn.Conv3d):
             hidden_states = torch.cat([*first, hidden_states, *last], dim=2)
         weight = self.weight
         if weight.device.type == "cpu":
-            # oneDNN is faster with channels last, and goes by the weight. Not once at load: safetensors would not save it.
+            # oneDNN is faster with channels last, and goes by the weight. It is not stored so, as safetensors refuses.
             weight = weight.contiguous(memory_format=torch.channels_last_3d)
         return self._conv_forward(hidden_states, weight, self.bias)
 
