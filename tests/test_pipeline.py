@@ -571,3 +571,14 @@ def test_missing_component_raises(component, arguments, message, tiny_distilled_
     pipe = MagiHumanAudioVideoPipeline(**{**tiny_distilled_pipeline.components, component: None}, is_distilled=True)
     with pytest.raises(ValueError, match=message):
         run(pipe, **arguments)
+
+
+def test_saved_default_of_the_guidance(tmp_path):
+    pipe = make_tiny_pipeline()
+    expected = run(pipe, guidance_scale=2.0, audio_guidance_scale=2.0)
+    assert not torch.equal(expected.frames, run(pipe).frames)
+    pipe.register_to_config(default_guidance_scale=2.0)
+    pipe.save_pretrained(tmp_path)
+    loaded = MagiHumanAudioVideoPipeline.from_pretrained(tmp_path)
+    assert_same(run(loaded), expected)
+    assert (loaded.guidance_scale, loaded.audio_guidance_scale) == (2.0, 2.0)
