@@ -1,12 +1,17 @@
 import json
+import weakref
 
 import pytest
 import torch
 from conftest import DATA, load_golden, make_golden_transformer
 from diffusers.models.attention_dispatch import attention_backend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.transformer_magihuman import (
+    ClampedGELU,
+    ClampedSwiGLU,
     MagiHumanAttnProcessor,
     MagiHumanRotaryPosEmbed,
     SequenceLayout,
@@ -286,6 +291,56 @@ def test_local_layers_compile_to_one_graph(num_frames):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             torch.testing.assert_close(compiled(*inputs).sample, expected, atol=1e-5, rtol=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Notes the most bytes that tensors made inside have held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage()
+            self.live[storage._cdata] = (weakref.ref(storage), storage.nbytes())
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if ref() is not None}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return output
+
+
+def naive_gelu(states):
+    states = states.float().clamp(max=7.0)
+    return states * torch.sigmoid(1.702 * states)
+
+
+def naive_swiglu(states):
+    gate, linear = states.float().chunk(2, dim=-1)
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (linear.clamp(-7.0, 7.0) + 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer, naive", [(ClampedGELU(), naive_gelu), (ClampedSwiGLU(), naive_swiglu)])
+def test_activations_are_exact_and_lean(layer, naive, dtype):
+    states = (torch.randn(2, 50, 66) * 5).to(dtype).requires_grad_()
+    kept = states.detach().clone()
+    weight = torch.randn_like(naive(states))
+    expected, output = naive(states), layer(states)
+    assert torch.equal(output, expected)
+    gradients = [torch.autograd.grad((result * weight).sum(), states)[0] for result in (output, expected)]
+    assert torch.equal(*gradients)
+
+    peaks = []
+    with torch.no_grad():
+        for function in (layer, naive):
+            with LiveBytes() as memory:
+                result = function(states)
+            assert torch.equal(result, expected)
+            assert torch.equal(states, kept)
+            peaks.append(memory.peak)
+    assert peaks[0] <= peaks[1] * 2 / 3
 
 
 def test_bf16_keeps_norms_embedders_and_heads_in_fp32(tmp_path):

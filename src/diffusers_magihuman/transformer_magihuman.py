@@ -351,21 +351,30 @@ class MagiHumanAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, rotary_emb, layout, attention_mask)
 
 
+def multiply(states: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The product, written over `states` unless autograd may need them."""
+    return states * factor if torch.is_grad_enabled() else states.mul_(factor)
+
+
 class ClampedGELU(nn.Module):
-    """`x * sigmoid(1.702 x)` of values cut at 7, in float32."""
+    """`x * sigmoid(1.702 x)` of values cut at 7, in float32.
+
+    The wide activations of the feed-forward are the largest tensors of a block. Values are cut before they become
+    float32, which is the same in less memory, and without autograd a product takes the place of one of its factors.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states.float().clamp(max=7.0)
-        return hidden_states * torch.sigmoid(1.702 * hidden_states)
+        hidden_states = hidden_states.clamp(max=7.0).float()
+        return multiply(hidden_states, (1.702 * hidden_states).sigmoid_())
 
 
-class ClampedSwiGLU(nn.Module):
+class ClampedSwiGLU(ClampedGELU):
     """[`ClampedGELU`] of the first half of the channels times one plus the second half, which is cut at -7 and 7."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, linear = hidden_states.float().chunk(2, dim=-1)
-        gate = gate.clamp(max=7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (linear.clamp(-7.0, 7.0) + 1.0)
+        gate, linear = hidden_states.chunk(2, dim=-1)
+        gate = super().forward(gate)
+        return multiply(gate, linear.clamp(-7.0, 7.0).float().add_(1.0))
 
 
 class MagiHumanFeedForward(nn.Module):
@@ -428,6 +437,7 @@ class MagiHumanTransformerBlock(nn.Module):
         attn_output = self.attn(norm_hidden_states, rotary_emb, layout, attention_mask)
         # The norm after attention is rounded to the dtype of the linears, the norm after the feed-forward is not.
         hidden_states = hidden_states + apply_layer(self.post_norm1, attn_output, layout).to(dtype)
+        del attn_output  # the feed-forward needs the most memory
 
         norm_hidden_states = apply_layer(self.norm2, hidden_states, layout).to(dtype)
         ff_output = self.ff(norm_hidden_states, layout)
