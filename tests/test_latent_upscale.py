@@ -173,6 +173,14 @@ def test_guidance_of_leading_frames(tiny_upscale_pipeline):
     assert scales == [[2.0, 2.0, 3.5]] * 2 + [[1.5, 1.5, 1.5]] * 2 + [[3.5, 3.5, 3.5]] * 2
 
 
+def test_rotary_table_is_computed_once_for_each_branch(tiny_upscale_pipeline):
+    calls = []
+    hook = tiny_upscale_pipeline.transformer.rope.register_forward_hook(lambda *_: calls.append(1))
+    run(tiny_upscale_pipeline, negative_prompt="bad", guidance_scale=3.5, num_inference_steps=3)
+    hook.remove()
+    assert len(calls) == 2
+
+
 def test_sound_changes_the_video_and_passes_through(tiny_upscale_pipeline):
     latents, audio_latents = make_low()
     output = run(tiny_upscale_pipeline, output_type="np")

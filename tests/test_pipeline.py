@@ -411,6 +411,49 @@ def test_callback_changes_and_interrupts(tiny_pipeline):
     assert tiny_pipeline.num_timesteps == 4 and tiny_pipeline.current_timestep is None
 
 
+@pytest.fixture
+def rope_calls(tiny_pipeline):
+    """Shapes of the rotary tables that the transformer computes."""
+    shapes = []
+    hook = tiny_pipeline.transformer.rope.register_forward_hook(
+        lambda _module, _args, output: shapes.append(tuple(output[0].shape[:2]))
+    )
+    yield shapes
+    hook.remove()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_rotary_table_is_computed_once_for_each_branch(guidance_scale, tiny_pipeline, rope_calls):
+    prompts, negative_prompt = ["One.", "Another one."], "Two."
+    for num_inference_steps in (1, 3):
+        rope_calls.clear()
+        run(
+            tiny_pipeline,
+            prompts,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            audio_guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+        )
+        tokens = 3 * 2 * 2 + 9
+        # One table for each of the prompts of different lengths, one for all of a length.
+        expected = [(2, tokens + len("Another one.")), (1, tokens + len(negative_prompt))]
+        assert rope_calls == expected[: 1 if guidance_scale == 1 else 2]
+
+
+def test_callback_may_change_the_length_of_the_embeddings(tiny_pipeline, rope_calls):
+    lengths = []
+
+    def callback(_pipe, _step, _timestep, tensors):
+        lengths.append(tensors["prompt_embeds"].shape[1])
+        return {"prompt_embeds": tensors["prompt_embeds"][:, :-1]}
+
+    names = ["prompt_embeds"]
+    run(tiny_pipeline, num_inference_steps=3, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert lengths == [lengths[0], lengths[0] - 1, lengths[0] - 2]
+    assert [shape[1] - 21 for shape in rope_calls[::2]] == lengths
+
+
 def test_guidance_that_a_callback_turns_on_needs_negative_embeddings(tiny_distilled_pipeline):
     def callback(pipe, _step, _timestep, tensors):
         pipe._guidance_scale += 3.0

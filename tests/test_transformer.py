@@ -224,6 +224,30 @@ def test_mixed_text_lengths_equal_single_runs(coordinate_style, local_attention_
         torch.testing.assert_close(batch.audio_sample[i : i + 1], single.audio_sample, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", [None, (7, 3)])
+@torch.no_grad()
+def test_prepared_attention_inputs_give_the_same(lengths):
+    model, inputs = make_tiny_model(), make_inputs(batch_size=2)
+    mask = None if lengths is None else torch.arange(7) < torch.tensor(lengths)[:, None]
+    attention_inputs = model.prepare_attention_inputs(*inputs, mask)
+    for states in (inputs, tuple(torch.randn_like(tensor) for tensor in inputs)):
+        output = model(*states, attention_inputs=attention_inputs)
+        expected = model(*states, encoder_attention_mask=mask)
+        assert torch.equal(output.sample, expected.sample)
+        assert torch.equal(output.audio_sample, expected.audio_sample)
+
+
+def test_attention_inputs_that_do_not_fit_raise():
+    model, inputs = make_tiny_model(), make_inputs()
+    attention_inputs = model.prepare_attention_inputs(*inputs)
+    with pytest.raises(ValueError, match="`attention_inputs` were made for 34 tokens, but there are 32"):
+        model(*make_inputs(text_length=5), attention_inputs=attention_inputs)
+    with pytest.raises(ValueError, match="`encoder_attention_mask` must not be given beside them"):
+        model(*inputs, encoder_attention_mask=torch.ones(1, 7, dtype=torch.bool), attention_inputs=attention_inputs)
+    with pytest.raises(ValueError, match="`audio_hidden_states` must have shape"):
+        model.prepare_attention_inputs(inputs[0], inputs[1][..., :7], inputs[2])
+
+
 @torch.no_grad()
 def test_local_attention_that_covers_all_frames_is_full_attention():
     inputs = make_inputs(num_frames=4)

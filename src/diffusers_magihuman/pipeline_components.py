@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .media import AudioInput, ImageInput, VideoInput, crop_to_aspect, resample_audio
+from .transformer_magihuman import MagiHumanAttentionInputs
 
 
 logger = logging.get_logger(__name__)
@@ -480,22 +481,41 @@ class MagiHumanComponentsMixin:
         negative_text: tuple[torch.Tensor, torch.Tensor | None] | None,
         guidance_scale: float | torch.Tensor,
         audio_guidance_scale: float,
+        attention_inputs: dict[str, MagiHumanAttentionInputs],
+        step_index: int,
+        sigma: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity of video and sound; with guidance its two branches run one after the other, each unpadded."""
+        """
+        Predicts the velocity of video and sound; the two branches of guidance run one after the other, each unpadded.
+
+        Args:
+            latents, audio_latents (`torch.Tensor`): Noisy latents of video and sound.
+            text, negative_text (`tuple`): Embeddings and their mask or `None`; no guidance without `negative_text`.
+            guidance_scale, audio_guidance_scale (`float` or `torch.Tensor`): Guidance of video and sound.
+            attention_inputs (`dict`): What is the same in every step, by branch; missing ones are put into it.
+            step_index (`int`), sigma (`float`): Step and its noise level, for the caches of the transformer.
+        """
         velocities = []
         for name, branch in (("cond", text), ("uncond", negative_text)):
-            if branch is not None:
-                with self.transformer.cache_context(name):
-                    velocities.append(
-                        self.transformer(
-                            latents,
-                            audio_latents,
-                            encoder_hidden_states=branch[0],
-                            encoder_attention_mask=branch[1],
-                            attention_kwargs=self.attention_kwargs,
-                            return_dict=False,
-                        )
+            if branch is None:
+                continue
+            embeds, mask = branch
+            if name not in attention_inputs:
+                attention_inputs[name] = self.transformer.prepare_attention_inputs(
+                    latents, audio_latents, embeds, mask
+                )
+            context = {"step_index": step_index, "sigma": sigma, "num_inference_steps": self.num_timesteps}
+            with self.transformer.cache_context(name, **context):
+                velocities.append(
+                    self.transformer(
+                        latents,
+                        audio_latents,
+                        encoder_hidden_states=embeds,
+                        attention_kwargs=self.attention_kwargs,
+                        attention_inputs=attention_inputs[name],
+                        return_dict=False,
                     )
+                )
         if negative_text is None:
             return velocities[0]
         (cond, audio_cond), (uncond, audio_uncond) = velocities

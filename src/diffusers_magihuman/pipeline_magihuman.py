@@ -466,6 +466,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
         step_kwargs = {"generator": generator} if takes_generator else {}
 
         # 6. Denoise
+        attention_inputs = {}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -485,6 +486,9 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
                     (negative_prompt_embeds, negative_prompt_embeds_mask) if guided else None,
                     scale,
                     self.audio_guidance_scale,
+                    attention_inputs,
+                    i,
+                    float(scheduler.sigmas[i]),
                 )
                 latents = scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
                 if not audio_is_given:
@@ -497,6 +501,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanComponentsMixin, DiffusionPipeline, M
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    if "prompt_embeds" in outputs or "negative_prompt_embeds" in outputs:
+                        attention_inputs = {}  # the embeddings may have another length now
                     latents = outputs.pop("latents", latents)
                     audio_latents = outputs.pop("audio_latents", audio_latents)
                     prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)

@@ -79,6 +79,17 @@ class SequenceLayout(NamedTuple):
         return self.video_length, self.audio_length, self.text_length
 
 
+class MagiHumanAttentionInputs(NamedTuple):
+    """What attention needs besides the tokens; it depends on their numbers and on the text mask alone.
+
+    `rotary_emb` is the table of [`MagiHumanRotaryPosEmbed`], `attention_mask` is boolean of shape
+    `(batch_size, 1, 1, sequence_length)`, or `None` when every token is real.
+    """
+
+    rotary_emb: tuple[torch.Tensor, torch.Tensor]
+    attention_mask: torch.Tensor | None
+
+
 class MagiHumanRMSNorm(nn.RMSNorm):
     """RMSNorm that computes and returns float32 whatever the dtype of its input and weight."""
 
@@ -596,6 +607,30 @@ class MagiHumanTransformer3DModel(
         model.load_state_dict(layout["checkpoint_mapping_fn"](checkpoint, config, dtype), assign=True)
         return model.eval()
 
+    def prepare_attention_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        audio_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> MagiHumanAttentionInputs:
+        """
+        Computes what is the same in every step of a generation, for `forward`'s `attention_inputs`.
+
+        No weights are needed, so it may be called while the model is offloaded. The arguments are those of `forward`,
+        of which only shapes, the mask and the device of the video latents count.
+
+        Raises:
+            `ValueError`: A shape that does not fit the config.
+        """
+        layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
+        rotary_emb = self.rope(layout, encoder_attention_mask, hidden_states.device)
+        attention_mask = None
+        if encoder_attention_mask is not None:
+            attention_mask = F.pad(encoder_attention_mask, (layout.video_length + layout.audio_length, 0), value=True)
+            attention_mask = attention_mask[:, None, None]  # (batch, 1, 1, sequence)
+        return MagiHumanAttentionInputs(rotary_emb, attention_mask)
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -604,6 +639,7 @@ class MagiHumanTransformer3DModel(
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,  # noqa: ARG002 (read by the decorator)
+        attention_inputs: MagiHumanAttentionInputs | None = None,
         return_dict: bool = True,
     ) -> MagiHumanTransformer3DModelOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -617,16 +653,33 @@ class MagiHumanTransformer3DModel(
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
                 Boolean, true for real tokens. Leave it out when every token is real: then attention needs no mask.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers for this call.
+            attention_inputs (`MagiHumanAttentionInputs`, *optional*):
+                Result of [`~MagiHumanTransformer3DModel.prepare_attention_inputs`] in place of the mask, for calls
+                that share it. Computed if left out.
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`].
 
         Returns:
             [`MagiHumanTransformer3DModelOutput`] or the tuple of its two tensors.
 
         Raises:
-            `ValueError`: A shape that does not fit the config.
+            `ValueError`: A shape does not fit the config; `attention_inputs` of another length, or beside a mask.
         """
         layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
         patch_size, dtype = self.config.patch_size, self.dtype
+        if attention_inputs is None:
+            attention_inputs = self.prepare_attention_inputs(
+                hidden_states, audio_hidden_states, encoder_hidden_states, encoder_attention_mask
+            )
+        elif encoder_attention_mask is not None:
+            raise ValueError(
+                "`attention_inputs` hold the mask already, so `encoder_attention_mask` must not be given beside them."
+            )
+        rotary_emb, attention_mask = attention_inputs
+        if rotary_emb[0].shape[1] != sum(layout.modality_lengths):
+            raise ValueError(
+                f"`attention_inputs` were made for {rotary_emb[0].shape[1]} tokens, but there are"
+                f" {sum(layout.modality_lengths)}: {layout}."
+            )
 
         # (batch, channels, T, H, W) -> (batch, tokens in the order T H W, values in the order channels, patch)
         video = hidden_states.unflatten(4, (layout.width, patch_size[2]))
@@ -642,12 +695,6 @@ class MagiHumanTransformer3DModel(
             )
         ]
         hidden_states = torch.cat(tokens, dim=1).float()
-
-        rotary_emb = self.rope(layout, encoder_attention_mask, hidden_states.device)
-        attention_mask = None
-        if encoder_attention_mask is not None:
-            attention_mask = F.pad(encoder_attention_mask, (layout.video_length + layout.audio_length, 0), value=True)
-            attention_mask = attention_mask[:, None, None]  # (batch, 1, 1, sequence)
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
