@@ -4,7 +4,6 @@ import weakref
 import pytest
 import torch
 from conftest import DATA, load_golden, make_golden_transformer
-from diffusers.models.attention_dispatch import attention_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -291,30 +290,6 @@ def test_local_attention_is_one_softmax_over_the_window(num_frames, num_neighbou
     assert len(processor.calls) == len(windows) + 1
     assert sorted({keys for _, keys in processor.calls[:-1]}) == sorted({(b - a) * 6 + 9 for a, b in windows})
     assert processor.calls[-1] == (9, len(is_video))
-
-
-@pytest.mark.parametrize("backend", ["_native_math", "_native_flash", "flex"])
-@torch.no_grad()
-def test_attention_backends_agree_in_local_layers(backend):
-    """Each backend of Diffusers that runs on a CPU; `_native_flash` refuses masks."""
-    model = make_tiny_model(local_attention_layers=(0, 1), local_attention_frames=1, coordinate_style="v1")
-    inputs = make_inputs(num_frames=4)
-    expected = model(*inputs).sample
-    with attention_backend(backend):
-        torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("num_frames", [2, 4])
-@torch.no_grad()
-def test_local_layers_compile_to_one_graph(num_frames):
-    model = make_tiny_model(local_attention_layers=(0, 1), local_attention_frames=1, coordinate_style="v1")
-    inputs = make_inputs(num_frames=num_frames)
-    expected = model(*inputs).sample
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):
-            torch.testing.assert_close(compiled(*inputs).sample, expected, atol=1e-5, rtol=0)
 
 
 class LiveBytes(TorchDispatchMode):

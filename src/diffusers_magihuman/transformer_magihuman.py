@@ -36,9 +36,10 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
+
+from .caches import MagiHumanCacheMixin
 
 
 @dataclass
@@ -287,16 +288,15 @@ class MagiHumanAttnProcessor:
             rest = states.narrow(dim, layout.video_length, states.shape[dim] - layout.video_length)
             return torch.cat([video, rest], dim=dim)
 
-        bounds = [
-            (max(frame - num_neighbours, 0), min(frame + num_neighbours + 1, layout.num_frames))
-            for frame in range(layout.num_frames)
-        ]
-        outputs = []
-        for start, end in dict.fromkeys(bounds):
-            first, num_frames = bounds.index((start, end)), bounds.count((start, end))
-            frame_query = query.narrow(1, first * layout.frame_length, num_frames * layout.frame_length)
+        # A loop up to the number of frames, so that a compiled graph need not fix it while every frame sees all.
+        outputs, first = [], 0
+        while first < layout.num_frames:
+            start, end = max(first - num_neighbours, 0), min(first + num_neighbours + 1, layout.num_frames)
+            last = min(num_neighbours + 1, layout.num_frames) if end - start == layout.num_frames else first + 1
+            frame_query = query.narrow(1, first * layout.frame_length, (last - first) * layout.frame_length)
             frame_mask = None if attention_mask is None else window(attention_mask, start, end, dim=-1)
             outputs.append(self._attend(frame_query, window(key, start, end), window(value, start, end), frame_mask))
+            first = last
         outputs.append(self._attend(query[:, layout.video_length :], key, value, attention_mask))
         return torch.cat(outputs, dim=1)
 
@@ -462,7 +462,7 @@ TransformerBlockRegistry.register(
 
 
 class MagiHumanTransformer3DModel(
-    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, MagiHumanCacheMixin
 ):
     r"""
     The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the flow
