@@ -35,7 +35,11 @@ from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 
@@ -211,6 +215,37 @@ def apply_rotary_emb(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
+# Diffusers' attention backends by what they can serve. Others fail there in obscure ways, or silently: some with masks
+# take padding at the end for granted.
+CPU_BACKENDS = ("native", "_native_flash", "_native_math", "flex")
+FLOAT32_BACKENDS = ("native", "_native_efficient", "_native_math", "_native_xla", "flex", "xformers")
+MASK_BACKENDS = (
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_math",
+    "_native_npu",
+    "flex",
+    "flash_varlen_hub",
+    "_flash_3_varlen_hub",
+    "xformers",
+)
+
+
+def check_attention_backend(
+    backend: AttentionBackendName, query: torch.Tensor, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises a `ValueError` if the backend cannot serve the device, the dtype or the mask."""
+    is_on_cpu = query.device.type == "cpu"
+    for is_needed, allowed, case in (
+        (is_on_cpu, CPU_BACKENDS, "on a CPU"),
+        (not is_on_cpu and query.dtype == torch.float32, FLOAT32_BACKENDS, "in float32"),
+        (attention_mask is not None, MASK_BACKENDS, "for texts of different lengths in one batch"),
+    ):
+        if is_needed and backend.value not in allowed:
+            raise ValueError(f"The attention backend '{backend.value}' does not work {case}; take one of {allowed}.")
+
+
 class MagiHumanAttnProcessor:
     """Gated grouped-query self-attention, over the whole sequence or local to the neighbouring video frames."""
 
@@ -256,12 +291,16 @@ class MagiHumanAttnProcessor:
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        check_attention_backend(backend, query, attention_mask)
+        if backend == AttentionBackendName.XFORMERS and attention_mask is not None:
+            attention_mask = attention_mask[:, 0, 0]  # a boolean mask of four dimensions would be added to the scores
         return dispatch_attention_fn(
             query,
             key,
             value,
             attn_mask=attention_mask,
-            backend=self._attention_backend,
+            backend=backend,
             parallel_config=self._parallel_config,
         )
 
