@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 from conftest import DATA, load_golden, make_golden_transformer
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -385,16 +386,29 @@ def test_save_load_round_trip_is_exact(tmp_path):
 
 
 @torch.no_grad()
-def test_unfuse_restores_the_model():
+def test_fused_projections_are_not_saved_and_can_be_taken_back(tmp_path):
     model, inputs = make_tiny_model(), make_inputs()
     expected = model(*inputs).sample
-    names = set(model.state_dict())
+    names, num_parameters = set(model.state_dict()), len(list(model.parameters()))
     model.fuse_qkv_projections()
-    assert set(model.state_dict()) - names
+    assert len(list(model.parameters())) == num_parameters + 3 + 1 + 3
     torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-6, rtol=0)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert set(file.keys()) == names
+    assert torch.equal(MagiHumanTransformer3DModel.from_pretrained(tmp_path)(*inputs).sample, expected)
     model.unfuse_qkv_projections()
-    assert set(model.state_dict()) == names
+    assert len(list(model.parameters())) == num_parameters
     assert torch.equal(model(*inputs).sample, expected)
+
+
+@pytest.mark.parametrize("layer", ["1.attn.to_q", "0.attn.to_gate.audio"])
+def test_projections_with_a_lora_are_not_fused(layer):
+    model = make_tiny_model()
+    model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=[f"transformer_blocks.{layer}"]))
+    with pytest.raises(ValueError, match=r"one is a <class 'peft.* fuse before quantising, and without a LoRA"):
+        model.fuse_qkv_projections()
+    assert not model.transformer_blocks[int(layer[0])].attn.fused_projections
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

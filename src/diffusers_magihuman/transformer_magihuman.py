@@ -137,6 +137,12 @@ def make_norm(dim: int, eps: float, per_modality: bool) -> nn.Module:
 
 
 def concatenate_linears(layers: Sequence[nn.Linear]) -> nn.Linear:
+    for layer in layers:
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            raise ValueError(
+                f"Only plain linears can be fused, but one is a {type(layer)} with a weight of {type(layer.weight)}:"
+                " fuse before quantising, and without a LoRA."
+            )
     weight = torch.cat([layer.weight for layer in layers])
     fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     fused.weight.copy_(weight)
@@ -340,6 +346,12 @@ class MagiHumanAttnProcessor:
         return torch.cat(outputs, dim=1)
 
 
+def drop_fused_projections(_attn: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
+    """Leaves fused projections out of what is saved, as the linears that they were made of are there."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}to_qkv.")]:
+        del state_dict[name]
+
+
 class MagiHumanAttention(nn.Module, AttentionModuleMixin):
     """Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
 
@@ -377,10 +389,16 @@ class MagiHumanAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = make_norm(head_dim, eps, per_modality)
         self.norm_k = make_norm(head_dim, eps, per_modality)
         self.set_processor(self._default_processor_cls())
+        self.register_state_dict_post_hook(drop_fused_projections)
 
     @torch.no_grad()
     def fuse_projections(self) -> None:
-        """Adds `to_qkv`, the linears of query, key, value and gate in one; `unfuse_projections` removes it."""
+        """
+        Adds `to_qkv`, the linears of query, key, value and gate in one; `unfuse_projections` removes it.
+
+        Raises:
+            `ValueError`: The linears are quantised or have a LoRA.
+        """
         if self.fused_projections:
             return
         layers = [self.to_q, self.to_k, self.to_v] + ([self.to_gate] if self.is_gated else [])
