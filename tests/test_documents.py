@@ -17,10 +17,12 @@ from diffusers_magihuman.hub import write_repository_code
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]
-# What the tiny models on a CPU cannot: the GPU, bfloat16 at a bearable speed, full sizes.
+# What the tiny models on a CPU cannot: the GPU and its kernels, bfloat16 and compilation in little time, full sizes.
 SUBSTITUTIONS = {
     '"cuda"': '"cpu"',
     "torch.bfloat16": "torch.float32",
+    '"_flash_3_hub"': '"native"',
+    "fullgraph=True, dynamic=True": 'fullgraph=True, dynamic=True, backend="eager"',
     ".enable_model_cpu_offload()": '.to("cpu")',
     "height=1088, width=1920": "height=64, width=96",
     "pipe(prompt, ": "pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, ",
