@@ -1,12 +1,17 @@
 """Pipelines one after the other: every example of chaining runs on tiny models and writes an mp4 that plays."""
 
+import os
+import re
 import runpy
+import shlex
 import string
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -175,6 +180,23 @@ def test_long_video(run_example, tiny_pipeline_dir, monkeypatch):
             fade = np.linspace(0, 1, FRAME_SAMPLES)
             mixed = before * (1 - fade) + own[:, :FRAME_SAMPLES] * fade
             np.testing.assert_allclose(placed[:, :FRAME_SAMPLES], mixed, atol=1e-6)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("gpus", ["", pytest.param("0,1", marks=[pytest.mark.gpu, two_gpus])])
+def test_multi_gpu(gpus, tmp_path):
+    """The README's command, with two processes on the CPU or a process on each of two GPUs."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    _, *arguments, _script = shlex.split(re.search(r"^torchrun .* examples/multi_gpu.py$", readme, re.MULTILINE)[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, EXAMPLES / "multi_gpu.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines().count("multi_gpu.mp4") == 1
+    check_video(tmp_path / "multi_gpu.mp4", 49, 128, 128)
+    check_sound(tmp_path / "multi_gpu.mp4", 49)
 
 
 def test_every_example_is_short_and_tested():

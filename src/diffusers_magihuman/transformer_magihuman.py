@@ -34,9 +34,11 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
+    SeqAllToAllDim,
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
@@ -44,6 +46,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 
 from .caches import MagiHumanCacheMixin
+from .parallel import MagiHumanParallelMixin, make_tensor_parallel_plan
 
 
 @dataclass
@@ -62,14 +65,23 @@ class MagiHumanTransformer3DModelOutput(BaseOutput):
     audio_sample: torch.Tensor
 
 
+def pad_to_multiple(states: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Adds zeros at the end of dimension 1 until its length is a multiple."""
+    return F.pad(states, [0, 0] * (states.ndim - 2) + [0, -states.shape[1] % multiple])
+
+
 class SequenceLayout(NamedTuple):
-    """Where the tokens of one sequence lie: video (frame by frame, row by row), then audio, then text."""
+    """Where the tokens of one sequence lie: video (frame by frame, row by row), then audio, then text.
+
+    With context parallelism each process holds a shard, an equal part of the video, of the audio and of the text.
+    """
 
     num_frames: int
     height: int
     width: int
     audio_length: int
     text_length: int
+    num_shards: int = 1
 
     @property
     def frame_length(self) -> int:
@@ -82,6 +94,24 @@ class SequenceLayout(NamedTuple):
     @property
     def modality_lengths(self) -> tuple[int, int, int]:
         return self.video_length, self.audio_length, self.text_length
+
+    @property
+    def shard_lengths(self) -> tuple[int, ...]:
+        return tuple(-(-length // self.num_shards) for length in self.modality_lengths)
+
+    def to_shards(self, states: torch.Tensor) -> torch.Tensor:
+        """Pads every modality and orders the sequence (dimension 1) shard by shard."""
+        parts = [
+            pad_to_multiple(part, self.num_shards).unflatten(1, (self.num_shards, length))
+            for part, length in zip(states.split(self.modality_lengths, dim=1), self.shard_lengths, strict=True)
+        ]
+        return torch.cat(parts, dim=2).flatten(1, 2)
+
+    def from_shards(self, states: torch.Tensor) -> torch.Tensor:
+        """Undoes `to_shards`."""
+        parts = states.unflatten(1, (self.num_shards, -1)).split(self.shard_lengths, dim=2)
+        lengths = self.modality_lengths
+        return torch.cat([part.flatten(1, 2)[:, :n] for part, n in zip(parts, lengths, strict=True)], dim=1)
 
 
 class MagiHumanAttentionInputs(NamedTuple):
@@ -112,7 +142,7 @@ class ModalityLayer(nn.Module):
         self.text = text
 
     def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        video, audio, text = hidden_states.split(layout.modality_lengths, dim=1)
+        video, audio, text = hidden_states.split(layout.shard_lengths, dim=1)
         return torch.cat([self.video(video), self.audio(audio), self.text(text)], dim=1)
 
 
@@ -182,9 +212,10 @@ class MagiHumanRotaryPosEmbed(nn.Module):
             text_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): True for real tokens.
 
         Returns:
-            Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`.
+            Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order
+            of the shards and padded like them if there are several.
         """
-        num_frames, height, width, audio_length, text_length = layout
+        num_frames, height, width, audio_length, text_length, _ = layout
         if text_mask is None:
             text_mask = torch.ones(1, text_length, dtype=torch.bool, device=device)
 
@@ -210,6 +241,7 @@ class MagiHumanRotaryPosEmbed(nn.Module):
 
         bands = torch.arange(self.num_bands, dtype=torch.float32, device=device) / self.num_bands
         angles = (coordinates[..., None] * (1.0 / self.theta**bands)).flatten(2)  # (batch, sequence, 3 * bands)
+        angles = layout.to_shards(angles)
         return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
@@ -280,6 +312,13 @@ class MagiHumanAttnProcessor:
         query = apply_rotary_emb(query, rotary_emb).to(value.dtype)
         key = apply_rotary_emb(key, rotary_emb).to(value.dtype)
 
+        if layout.num_shards > 1:
+            # Key and value heads are repeated before they are sent only as far as every process needs one.
+            num_repeats = math.lcm(key.shape[2], layout.num_shards) // key.shape[2]
+            key = key.repeat_interleave(num_repeats, dim=2)
+            value = value.repeat_interleave(num_repeats, dim=2)
+            query, key, value = (self._gather_sequence(states, layout) for states in (query, key, value))
+
         # Few backends group key and value heads themselves, so they are repeated here.
         num_groups = query.shape[2] // key.shape[2]
         key = key.repeat_interleave(num_groups, dim=2)
@@ -290,9 +329,23 @@ class MagiHumanAttnProcessor:
         else:
             attn_output = self._attend_locally(query, key, value, attention_mask, layout, attn.local_attention_frames)
 
+        if layout.num_shards > 1:
+            attn_output = self._gather_heads(attn_output, layout)
         if attn.is_gated:
             attn_output = attn_output * gate.float().sigmoid()[..., None]
         return apply_layer(attn.to_out, attn_output.flatten(2).to(hidden_states.dtype), layout)
+
+    def _gather_sequence(self, states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """From a shard of the sequence and all heads to the whole sequence and an equal part of the heads."""
+        return layout.from_shards(SeqAllToAllDim.apply(self._ulysses_group, states, 2, 1))
+
+    def _gather_heads(self, states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """Undoes `_gather_sequence`."""
+        return SeqAllToAllDim.apply(self._ulysses_group, layout.to_shards(states), 1, 2)
+
+    @property
+    def _ulysses_group(self) -> "torch.distributed.ProcessGroup":
+        return self._parallel_config.context_parallel_config._ulysses_mesh.get_group()
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
@@ -301,14 +354,7 @@ class MagiHumanAttnProcessor:
         check_attention_backend(backend, query, attention_mask)
         if backend == AttentionBackendName.XFORMERS and attention_mask is not None:
             attention_mask = attention_mask[:, 0, 0]  # a boolean mask of four dimensions would be added to the scores
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=backend,
-            parallel_config=self._parallel_config,
-        )
+        return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend)
 
     def _attend_locally(
         self,
@@ -519,7 +565,13 @@ TransformerBlockRegistry.register(
 
 
 class MagiHumanTransformer3DModel(
-    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, MagiHumanCacheMixin
+    MagiHumanParallelMixin,
+    ModelMixin,
+    ConfigMixin,
+    AttentionMixin,
+    PeftAdapterMixin,
+    FromOriginalModelMixin,
+    MagiHumanCacheMixin,
 ):
     r"""
     The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the flow
@@ -568,6 +620,14 @@ class MagiHumanTransformer3DModel(
         "audio_proj_out",
     ]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "proj_out"]
+    _cp_plan = {
+        "shard_tokens": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "rope": {
+            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        },
+        "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -630,6 +690,11 @@ class MagiHumanTransformer3DModel(
         self.audio_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
         self.video_proj_out = nn.Linear(hidden_size, video_token_size, bias=False)
         self.audio_proj_out = nn.Linear(hidden_size, audio_in_channels, bias=False)
+
+        # Where the hooks of context parallelism sit: not on linears, which adapters wrap and unwrap.
+        self.shard_tokens = nn.Identity()
+        self.gather_tokens = nn.Identity()
+        self._tp_plan = make_tensor_parallel_plan(num_layers, modality_layers, gelu_layers, gated_attention)
 
     @classmethod
     def from_single_file(
@@ -732,10 +797,10 @@ class MagiHumanTransformer3DModel(
                 "`attention_inputs` hold the mask already, so `encoder_attention_mask` must not be given beside them."
             )
         rotary_emb, attention_mask = attention_inputs
-        if rotary_emb[0].shape[1] != sum(layout.modality_lengths):
+        if rotary_emb[0].shape[1] != sum(layout.shard_lengths):
             raise ValueError(
                 f"`attention_inputs` were made for {rotary_emb[0].shape[1]} tokens, but there are"
-                f" {sum(layout.modality_lengths)}: {layout}."
+                f" {sum(layout.shard_lengths)}: {layout}."
             )
 
         # (batch, channels, T, H, W) -> (batch, tokens in the order T H W, values in the order channels, patch)
@@ -744,7 +809,7 @@ class MagiHumanTransformer3DModel(
         video = video.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
         tokens = [
-            embedder(states.to(embedder.bias.dtype))
+            embedder(self.shard_tokens(pad_to_multiple(states, layout.num_shards)).to(embedder.bias.dtype))
             for embedder, states in (
                 (self.video_embedder, video),
                 (self.audio_embedder, audio_hidden_states),
@@ -761,9 +826,12 @@ class MagiHumanTransformer3DModel(
             else:
                 hidden_states = block(hidden_states, rotary_emb, layout, attention_mask, dtype)
 
-        video, audio, _ = hidden_states.split(layout.modality_lengths, dim=1)
+        video, audio, _ = hidden_states.split(layout.shard_lengths, dim=1)
         video = self.video_proj_out(self.video_norm_out(video).to(self.video_proj_out.weight.dtype)).float()
         audio = self.audio_proj_out(self.audio_norm_out(audio).to(self.audio_proj_out.weight.dtype)).float()
+
+        video = self.gather_tokens(video)[:, : layout.video_length]
+        audio = self.gather_tokens(audio)[:, : layout.audio_length]
 
         # Unlike at the input, the values of an output token are in the order patch, channels.
         video = video.unflatten(2, (*patch_size, -1)).unflatten(1, layout[:3])
@@ -799,4 +867,4 @@ class MagiHumanTransformer3DModel(
                 f" but there are {text.shape[1]} text tokens and {audio.shape[1]} audio tokens."
             )
         grid = (size // patch for size, patch in zip(video.shape[2:], config.patch_size, strict=True))
-        return SequenceLayout(*grid, audio_length=audio.shape[1], text_length=text.shape[1])
+        return SequenceLayout(*grid, audio.shape[1], text.shape[1], self._num_shards)
