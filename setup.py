@@ -9,6 +9,7 @@ version = next(
     for line in (root / "src/diffusers_magihuman/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+QUANTIZE = ["gguf>=0.17", "optimum-quanto>=0.2.6", "torchao>=0.18"]
 
 setup(
     name="diffusers-magihuman",
@@ -37,8 +38,9 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers>=0.0.35"],
-        "train": ["peft>=0.18"],
-        "dev": ["peft>=0.18", "pytest>=8", "ruff>=0.15", "pre-commit>=4"],
+        "train": ["peft>=0.20"],
+        "quantize": QUANTIZE,
+        "dev": ["peft>=0.20", "pytest>=8", "ruff>=0.15", "pre-commit>=4", *QUANTIZE],
     },
     entry_points={"console_scripts": ["magihuman = diffusers_magihuman.cli:main"]},
 )

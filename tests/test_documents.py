@@ -11,6 +11,8 @@ import soundfile
 import torch
 from hub_server import HubServer
 from layouts import write_external_repositories, write_repositories
+from make_tiny_pipeline import make_transformer
+from peft import LoraConfig
 
 from diffusers_magihuman.hub import write_repository_code
 
@@ -46,6 +48,10 @@ def hub(tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path_factory):
 def test_python_blocks_run(hub, tmp_path):
     PIL.Image.new("RGB", (40, 60), "teal").save(tmp_path / "portrait.png")
     soundfile.write(tmp_path / "speech.wav", torch.randn(8000).numpy() * 0.1, 16000)
+    for name in ("lora", "other-lora"):
+        transformer = make_transformer()
+        transformer.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+        transformer.save_lora_adapter(tmp_path / name)
     single_file = hub.root / "smthem" / "MagiHuman" / "distill-merger_bf16.safetensors"
     (tmp_path / single_file.name).write_bytes(single_file.read_bytes())
     script, number = "", 0

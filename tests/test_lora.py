@@ -423,3 +423,178 @@ def test_fused_projections_are_refused():
     pipe.transformer.fuse_qkv_projections()
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         pipe.load_lora_weights(make_lora(linears(weights))[0])
+
+
+# Adapters of a model's own, as training adds them
+
+
+MODALITIES = ("audio", "text", "video")
+LAYERS = {  # of the golden weights: a linear for each modality in the outer blocks, one for all in the inner ones
+    "to_q": [
+        *(f"0.attn.to_q.{modality}" for modality in MODALITIES),
+        *("1.attn.to_q", "2.attn.to_q"),
+        *(f"3.attn.to_q.{modality}" for modality in MODALITIES),
+    ],
+    "0.ff.linear_in": [f"0.ff.linear_in.{modality}" for modality in MODALITIES],
+    "to_gate.audio": ["0.attn.to_gate.audio", "3.attn.to_gate.audio"],
+}
+
+
+def adapted(transformer):
+    """The linears with an adapter, by their names in the blocks."""
+    names = [name for name, module in transformer.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    return sorted(name.removeprefix("transformer_blocks.") for name in names)
+
+
+@pytest.mark.parametrize("target", LAYERS)
+def test_target_means_all_linears_of_a_layer(target):
+    transformer = make_pipeline(load_weights()).transformer
+    config = peft.LoraConfig(r=2, target_modules=[target])
+    transformer.add_adapter(config)
+    assert adapted(transformer) == LAYERS[target]
+    assert config.target_modules == {target}
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (
+            {"target_modules": r".*\.[23]\.attn\.to_(k|v)"},
+            [
+                "2.attn.to_k",
+                "2.attn.to_v",
+                *(f"3.attn.to_{kind}.{modality}" for kind in "kv" for modality in MODALITIES),
+            ],
+        ),
+        ({"target_modules": ["to_v"], "exclude_modules": r".*blocks\.[013].*"}, ["2.attn.to_v"]),
+        ({"target_modules": ["to_out.0", "audio_proj_out"]}, ["audio_proj_out"]),
+    ],
+)
+def test_other_ways_to_target(arguments, expected):
+    transformer = make_pipeline(load_weights()).transformer
+    transformer.add_adapter(peft.LoraConfig(r=2, **arguments))
+    assert adapted(transformer) == expected
+
+
+@pytest.mark.parametrize("alpha", [2, 3])
+def test_trained_adapter_round_trip(tmp_path, alpha):
+    """Trained for a step, saved with its config by the pipeline, loaded elsewhere, with another adapter beside it."""
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q", "to_out", "linear_out"])
+    pipe.transformer.add_adapter(config, "trained")
+    parameters = [parameter for parameter in pipe.transformer.parameters() if parameter.requires_grad]
+    plain = predict(pipe)
+    optimizer = torch.optim.SGD(parameters, 1.0)
+    pipe.transformer(torch.randn(1, 4, 2, 4, 4), torch.randn(1, 5, 8), torch.randn(1, 3, 24)).sample.sum().backward()
+    optimizer.step()
+    pipe.save_lora_weights(
+        tmp_path,
+        peft.get_peft_model_state_dict(pipe.transformer, adapter_name="trained"),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["trained"].to_dict(),
+    )
+    again = make_pipeline(weights)
+    again.load_lora_weights(make_lora(linears(weights))[0], adapter_name="other")
+    again.load_lora_weights(tmp_path, adapter_name="trained")
+    again.set_adapters(["trained", "other"], [1.0, 0.0])
+    assert is_changed(predict(again), plain)
+    assert_close(predict(again), predict(pipe))
+    again.delete_adapters("other")
+    assert torch.equal(predict(again), predict(pipe))
+    loaded, saved = (each.transformer.peft_config["trained"].to_dict() for each in (again, pipe))
+    assert {name: loaded[name] for name in ("r", "lora_alpha")} == {"r": 2, "lora_alpha": alpha}
+    assert loaded["target_modules"] == saved["target_modules"]
+
+
+@pytest.mark.parametrize(
+    "make_config, message",
+    [
+        (lambda: peft.LoraConfig(target_modules=["blocks.0.self_attn.q"]), r"blocks\.0\.self_attn\.q.*match nothing"),
+        (lambda: peft.LoraConfig(target_modules=["to_q", "norm1"]), "must target linears.*0.norm1, "),
+        (lambda: peft.LoraConfig(target_modules="all-linear"), "match nothing"),
+        (lambda: {"r": 4}, "must be a `PeftConfig`, but is a dict"),
+    ],
+)
+def test_adapter_of_another_architecture_is_refused(make_config, message):
+    pipe = make_pipeline(load_weights())
+    plain = predict(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.transformer.add_adapter(make_config())
+    assert adapted(pipe.transformer) == [] and pipe.get_list_adapters() == {}
+    assert torch.equal(predict(pipe), plain)
+    pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="default already exists"):
+        pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+
+
+def test_adapter_of_fused_projections_is_refused():
+    transformer = make_pipeline(load_weights()).transformer
+    transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+
+
+def test_adapters_are_switched_off_and_on():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    plain = predict(pipe)
+    pipe.load_lora_weights(make_lora(linears(weights))[0], adapter_name="style")
+    changed = predict(pipe)
+    pipe.disable_lora()
+    assert torch.equal(predict(pipe), plain)
+    pipe.enable_lora()
+    assert pipe.get_active_adapters() == ["style"]
+    assert torch.equal(predict(pipe), changed)
+
+
+def test_several_adapters_are_fused_together():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    plain = predict(pipe)
+    changes = []
+    for name in ("first", "second"):
+        lora, change = make_lora(linears(weights))
+        pipe.load_lora_weights(lora, adapter_name=name)
+        changes.append(change)
+    both = {name: changes[0][name] + changes[1][name] for name in changes[0]}
+    pipe.fuse_lora(adapter_names=["first", "second"])
+    assert pipe.num_fused_loras == 2
+    assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, both))))
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert_close(predict(pipe), plain)
+
+
+def test_hotswap_after_compiling():
+    """Adapters of other ranks and alphas take each other's place without another compilation."""
+    weights = load_weights()
+    module = {MODALITY_QKV: weights[f"{MODALITY_QKV}.weight"]}
+    pipe = make_pipeline(weights)
+    pipe.enable_lora_hotswap(target_rank=8)
+    first, first_changes = make_lora(module)
+    pipe.load_lora_weights(first, adapter_name="style")
+    factors = torch.randn(5, 64) * 0.05, torch.randn(396, 5) * 0.3
+    second = {f"{MODALITY_QKV}.lora_A.weight": factors[0], f"{MODALITY_QKV}.lora_B.weight": factors[1]}
+    second[f"{MODALITY_QKV}.alpha"] = torch.tensor(4.0)
+    second_changes = {MODALITY_QKV: factors[1] @ factors[0] * 4 / 5}
+
+    torch.compiler.reset()
+    pipe.transformer.transformer_blocks[0].compile(backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, first_changes))))
+        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+        assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, second_changes))))
+
+
+def test_hotswap_of_what_does_not_fit_leaves_the_adapter():
+    weights = load_weights()
+    pipe = make_pipeline(weights)
+    module = {MODALITY_QKV: weights[f"{MODALITY_QKV}.weight"]}
+    pipe.load_lora_weights(make_lora(module)[0], adapter_name="style")
+    expected = predict(pipe)
+    lora, message = BAD_LORAS["foreign"]
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(lora, adapter_name="style", hotswap=True)
+    with pytest.raises(ValueError, match="no existing adapter by that name"):
+        pipe.load_lora_weights(make_lora(module)[0], adapter_name="other", hotswap=True)
+    assert torch.equal(predict(pipe), expected)

@@ -26,6 +26,7 @@ from .media import export_to_mp4, load_audio
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
 from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from .pipeline_output import MagiHumanPipelineOutput
+from .quantization import QUANTIZATION_SKIP_MODULES
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
@@ -33,6 +34,7 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "QUANTIZATION_SKIP_MODULES",
     "AutoencoderKLMagiHumanTurbo",
     "MagiHumanAudioVideoPipeline",
     "MagiHumanFlowScheduler",

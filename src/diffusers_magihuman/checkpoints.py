@@ -305,7 +305,9 @@ def meta_model(model_class: type[ModelMixin], config: Mapping[str, Any]) -> Mode
 
 
 def tensor_shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state_dict.items()}
+    """The shape of each tensor, of a quantised one of GGUF that of its values."""
+    shapes = {name: tensor.quant_shape if is_gguf(tensor) else tensor.shape for name, tensor in state_dict.items()}
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
 def check_names_and_shapes(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -575,13 +577,27 @@ def plan_transformer(
 def convert_tensors(
     source: Mapping[str, torch.Tensor], rules: Mapping[str, Rule], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our tensors one after the other: scaled float8 multiplied out, fp32 parts in float32, the others in `dtype`."""
+    """Our tensors one after the other: scaled float8 multiplied out, fp32 parts in float32, the others in `dtype`.
+
+    Linears of GGUF stay in their blocks of bits; a block is part of a row, so whole rows can go anywhere.
+    """
     for name, rule in rules.items():
         tensor = source[name]
         if name + FP8_SCALE in source:
             tensor = tensor.float() * source[name + FP8_SCALE].float()
+        if is_gguf(tensor) and any(is_kept_in_fp32(target) for target in rule.targets):
+            # Absolutely and here: this module of Diffusers needs the package gguf.
+            from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+            tensor = dequantize_gguf_tensor(tensor)
         for target, part in rule.apply(tensor).items():
-            yield target, part.to(torch.float32 if is_kept_in_fp32(target) else dtype).contiguous()
+            if not is_gguf(part):
+                part = part.to(torch.float32 if is_kept_in_fp32(target) else dtype)
+            yield target, part.contiguous()
+
+
+def is_gguf(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "quant_type")
 
 
 def is_kept_in_fp32(name: str) -> bool:
@@ -600,8 +616,15 @@ def single_file_config(
 def single_file_state_dict(
     checkpoint: Mapping[str, torch.Tensor], config: Mapping[str, Any], linear_dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    weights = {name: tensor.shape for name, tensor in checkpoint.items() if not name.endswith(FP8_SCALE)}
-    return dict(convert_tensors(checkpoint, checked_transformer_rules(weights, config), linear_dtype))
+    """The state dict for [`~MagiHumanTransformer3DModel.from_single_file`], from the original's names or from ours."""
+    weights = {name: shape for name, shape in tensor_shapes(checkpoint).items() if not name.endswith(FP8_SCALE)}
+    if "video_embedder.weight" in weights:
+        ours = tensor_shapes(meta_model(MagiHumanTransformer3DModel, config).state_dict())
+        check_names_and_shapes(weights, ours)
+        rules = {name: Rule({name: shape}) for name, shape in ours.items()}
+    else:
+        rules = checked_transformer_rules(weights, config)
+    return dict(convert_tensors(checkpoint, rules, linear_dtype))
 
 
 SINGLE_FILE_LOADABLE_CLASSES["MagiHumanTransformer3DModel"] = {

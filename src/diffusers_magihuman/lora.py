@@ -33,7 +33,6 @@ from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name, logging
 
 from .checkpoints import Rule, transformer_rules
-from .transformer_magihuman import MagiHumanAttention
 
 
 LORA_PREFIX = re.compile(r"((base_model\.model|diffusion_model|model|transformer)\.|lora_unet_|lycoris_)+")
@@ -322,12 +321,7 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         if not USE_PEFT_BACKEND:
             raise ValueError("`load_lora_weights` needs `peft`: pip install peft")
         transformer = self.transformer
-        attentions = (module for module in transformer.modules() if isinstance(module, MagiHumanAttention))
-        if any(attention.fused_projections for attention in attentions):
-            raise ValueError(
-                "Fused projections would ignore a LoRA: call `transformer.unfuse_qkv_projections()` first."
-            )
-
+        transformer.check_projections_are_unfused()
         state_dict, saved_config = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )

@@ -21,10 +21,13 @@ Notable features:
 - the residual stream, norms, embedders, heads and rotary table are float32; linears run in the dtype of the weights
 """
 
+import copy
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -42,11 +45,17 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
 from diffusers.utils import BaseOutput, apply_lora_scale
 
 from .caches import MagiHumanCacheMixin
 from .parallel import MagiHumanParallelMixin, make_tensor_parallel_plan
+from .quantization import QUANTIZATION_SKIP_MODULES, check_quantization_config
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass
@@ -605,9 +614,7 @@ class MagiHumanTransformer3DModel(
     _no_split_modules = ["MagiHumanTransformerBlock"]
     _repeated_blocks = ["MagiHumanTransformerBlock"]
     _keep_in_fp32_modules = [
-        "video_embedder",
-        "audio_embedder",
-        "text_embedder",
+        *QUANTIZATION_SKIP_MODULES,
         "norm1",
         "norm2",
         "norm_q",
@@ -616,8 +623,6 @@ class MagiHumanTransformer3DModel(
         "post_norm2",
         "video_norm_out",
         "audio_norm_out",
-        "video_proj_out",
-        "audio_proj_out",
     ]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "proj_out"]
     _cp_plan = {
@@ -696,38 +701,151 @@ class MagiHumanTransformer3DModel(
         self.gather_tokens = nn.Identity()
         self._tp_plan = make_tensor_parallel_plan(num_layers, modality_layers, gelu_layers, gated_attention)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the linears of the blocks compute in; of quantised ones the dtype that they were loaded with."""
+        return self.config.get("_pre_quantization_dtype") or get_parameter_dtype(self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "MagiHumanTransformer3DModel":
+        """
+        As [`ModelMixin.from_pretrained`], after a look at `quantization_config`.
+
+        Raises:
+            `ValueError`: `quantization_config` would convert embedders or heads.
+        """
+        if kwargs.get("quantization_config") is not None:
+            check_quantization_config(kwargs["quantization_config"])
+            # Diffusers adds the names of the float32 modules to the list that the caller's config holds.
+            kwargs["quantization_config"] = copy.deepcopy(kwargs["quantization_config"])
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     @classmethod
     def from_single_file(
         cls,
         pretrained_model_link_or_path_or_dict: str | dict[str, torch.Tensor],
         variant: str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
+        config: str | None = None,
+        subfolder: str | None = None,
+        quantization_config: GGUFQuantizationConfig | None = None,
         **kwargs: Any,
     ) -> "MagiHumanTransformer3DModel":
         """
-        Loads a checkpoint with the original's names, in any of its layouts, out of one file.
+        Loads a checkpoint out of one file: safetensors in any layout of the original, or GGUF; with its names or ours.
 
         Args:
             pretrained_model_link_or_path_or_dict (`str` or `dict`): Path, link to the Hub, or tensors by name.
             variant (`str`, *optional*):
                 `"base"`, `"distill"`, `"sr_540p"` or `"sr_1080p"`, guessed from the path when it names just one.
-            dtype (`torch.dtype`, defaults to `torch.bfloat16`):
-                What the linears compute in; norms, embedders and heads are float32 whatever the file holds.
+            dtype (`torch.dtype`, *optional*):
+                What the linears compute in: bfloat16, or the `compute_dtype` of `quantization_config`. Norms,
+                embedders and heads are float32 whatever the file holds.
+            config (`str`, *optional*):
+                Directory or repository of a config to use; a file with our names needs one, and then no `variant`.
+            subfolder (`str`, *optional*): Directory within `config`, for example `"transformer"`.
+            quantization_config (`GGUFQuantizationConfig`, *optional*): What a GGUF file needs, and no other takes.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like of the download.
 
         Raises:
-            `ValueError`: The variant cannot be guessed, or tensors do not fit.
+            `ValueError`: The variant cannot be guessed, tensors do not fit, a GGUF file without
+                `quantization_config` or another file with one, or a `dtype` that is not its `compute_dtype`.
         """
-        # The base class would cast everything to `dtype` after loading, the float32 parts with the rest.
         checkpoint, path = pretrained_model_link_or_path_or_dict, ""
-        if not isinstance(checkpoint, dict):
-            checkpoint, path = load_single_file_checkpoint(str(checkpoint), **kwargs), str(checkpoint)
+        if isinstance(checkpoint, dict):
+            is_gguf = any(hasattr(tensor, "quant_type") for tensor in checkpoint.values())
+        else:
+            path = str(checkpoint)
+            is_gguf = path.endswith(".gguf")
+        if not isinstance(quantization_config, GGUFQuantizationConfig if is_gguf else NoneType):
+            raise ValueError(
+                f"`quantization_config`={quantization_config} must be a `GGUFQuantizationConfig` for a GGUF file, and"
+                f" None for another; {path or 'the dict'} is {'one' if is_gguf else 'none'}. Other quantisers work in"
+                " `from_pretrained`."
+            )
+        if is_gguf and dtype not in (None, quantization_config.compute_dtype):
+            raise ValueError(
+                f"`dtype`={dtype} must be the `compute_dtype` of `quantization_config`,"
+                f" {quantization_config.compute_dtype}."
+            )
+        dtype = dtype or (quantization_config.compute_dtype if is_gguf else torch.bfloat16)
+        if path:
+            checkpoint = load_single_file_checkpoint(path, **kwargs)
+
         layout = SINGLE_FILE_LOADABLE_CLASSES["MagiHumanTransformer3DModel"]
-        config = layout["config_mapping_fn"]({"path": path}, checkpoint, variant)
+        if is_gguf:
+            source = {"original_config": {"path": path}, "variant": variant, "linear_dtype": dtype}
+            if config is not None:
+                checkpoint = layout["checkpoint_mapping_fn"](checkpoint, cls.load_config(config, subfolder=subfolder))
+                source = {"config": config, "subfolder": subfolder}
+            model = super().from_single_file(
+                checkpoint, **source, dtype=dtype, quantization_config=copy.deepcopy(quantization_config)
+            )
+            model.register_to_config(_pre_quantization_dtype=dtype)
+            return model
+
+        # The base class would cast everything to `dtype` after loading, the float32 parts with the rest.
+        if config is None:
+            config = layout["config_mapping_fn"]({"path": path}, checkpoint, variant)
+        else:
+            config = cls.load_config(config, subfolder=subfolder)
         with torch.device("meta"):
             model = cls.from_config(config)
         model.load_state_dict(layout["checkpoint_mapping_fn"](checkpoint, config, dtype), assign=True)
         return model.eval()
+
+    def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
+        """
+        Adds an adapter for training.
+
+        `target_modules` that name a layer with a linear for each modality, as `"to_q"` does in the first and last
+        blocks, mean its three linears; `"to_q.video"` means one of them.
+
+        Args:
+            adapter_config (`PeftConfig`): For example a `peft.LoraConfig`; it is copied.
+            adapter_name (`str`, defaults to `"default"`): Name for `set_adapters` and others.
+
+        Raises:
+            `ValueError`: No linear is targeted, or something else; the name is taken; the projections are fused. The
+                model is left as it was.
+        """
+        from peft import PeftConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+
+        if not isinstance(adapter_config, PeftConfig):
+            raise ValueError(f"`adapter_config` must be a `PeftConfig`, but is a {type(adapter_config).__name__}.")
+        self.check_projections_are_unfused()
+        targets = {}
+        for name, module in self.named_modules():
+            if not check_target_module_exists(adapter_config, name):
+                continue
+            if isinstance(module, ModalityLinear):
+                targets |= {f"{name}.{modality}": linear for modality, linear in module.named_children()}
+            else:
+                targets[name] = module
+        others = [name for name, module in targets.items() if not isinstance(module, nn.Linear | BaseTunerLayer)]
+        if others or not targets:
+            raise ValueError(
+                f"`target_modules`={adapter_config.target_modules} of `adapter_config` must target linears of"
+                f" {type(self).__name__}, but match {', '.join(others) or 'nothing'}. Allowed are for example 'to_q',"
+                " 'to_out', 'linear_in', 'to_q.video', 'video_embedder'."
+            )
+        adapter_config = copy.copy(adapter_config)
+        adapter_config.target_modules = set(targets)
+        super().add_adapter(adapter_config, adapter_name)
+
+    def check_projections_are_unfused(self) -> None:
+        """
+        Raises:
+            `ValueError`: `fuse_qkv_projections` was called: an adapter of `to_q` would not be read.
+        """
+        attentions = (module for module in self.modules() if isinstance(module, MagiHumanAttention))
+        if any(attention.fused_projections for attention in attentions):
+            raise ValueError(
+                "Fused projections would ignore a LoRA: call `transformer.unfuse_qkv_projections()` first."
+            )
 
     def prepare_attention_inputs(
         self,
