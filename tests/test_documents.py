@@ -26,6 +26,7 @@ SUBSTITUTIONS = {
     '"_flash_3_hub"': '"native"',
     "fullgraph=True, dynamic=True": 'fullgraph=True, dynamic=True, backend="eager"',
     ".enable_model_cpu_offload()": '.to("cpu")',
+    '"use_stream": True': '"use_stream": False',
     "height=1088, width=1920": "height=64, width=96",
     "pipe(prompt, ": "pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, ",
 }

@@ -131,6 +131,12 @@ def test_base_then_upscale(run_example, tiny_pipeline_dir, tiny_upscale_dir):
     check_sound(video, 5)
 
 
+def test_low_memory(run_example, tiny_pipeline_dir):
+    video = run_example("low_memory", tiny_pipeline_dir, 5)
+    check_video(video, 5, 256, 448)
+    check_sound(video, 5)
+
+
 def test_shared_embeddings(run_example, tiny_pipeline_dir, tiny_upscale_dir):
     video = run_example("shared_embeddings", tiny_pipeline_dir, tiny_upscale_dir, 5)
     check_video(video, 5, 512, 896)

@@ -381,6 +381,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _no_split_modules = ["MagiHumanTurboBlock3d", "WanResidualDownBlock", "WanMidBlock"]
     _group_offload_block_modules = ["encoder", "quant_conv", "decoder"]
     _skip_keys = ["feat_cache", "feat_idx"]  # lists that the encoder changes in place
 

@@ -32,6 +32,7 @@ from .pipeline_components import FRAME_RATE
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
 from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from .pipeline_output import MagiHumanPipelineOutput
+from .plan import format_plan, format_script, plan_call
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -59,7 +60,7 @@ def pixels(value: str) -> int:
     return int(value)
 
 
-def seconds(value: str) -> float:
+def positive_number(value: str) -> float:
     try:
         number = float(value)
     except ValueError:
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_upscale(commands)
     add_convert(commands)
+    add_plan(commands)
 
     card = commands.add_parser("card", help="write the model card of a published variant")
     card.add_argument("variant", choices=CARD_VARIANTS)
@@ -102,7 +104,7 @@ def add_generate(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     generate.add_argument("--image", metavar="FILE", help="first frame")
     generate.add_argument("--audio", metavar="FILE", help="sound that drives the video")
     length = generate.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=seconds, help="length; default: that of --audio, or the model's")
+    length.add_argument("--seconds", type=positive_number, help="length; default: that of --audio, or the model's")
     length.add_argument("--num-frames", type=positive_int, help=f"length in frames, {FRAME_RATE} a second")
     for name in ("height", "width"):
         generate.add_argument(f"--{name}", type=pixels, help="multiple of 32, default: that of the model")
@@ -158,6 +160,18 @@ def add_convert(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     convert.add_argument("--audio-vae", default=AUDIO_VAE, metavar="DIR_OR_REPO", help="default: %(default)s")
     convert.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the directory when it is complete")
     convert.set_defaults(run=run_convert)
+
+
+def add_plan(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    plan = commands.add_parser("plan", help="say what a video needs of a GPU's memory, and which settings make it fit")
+    plan.add_argument("--vram", type=positive_number, required=True, metavar="GIB", help="memory of the GPU")
+    for name in ("height", "width"):
+        plan.add_argument(f"--{name}", type=pixels, help="multiple of 32, default: that of the model")
+    plan.add_argument("--num-frames", type=positive_int, help=f"length in frames, {FRAME_RATE} a second")
+    plan.add_argument("--model", metavar="DIR_OR_REPO", help="pipeline; default: the published ones for the size")
+    plan.add_argument("--upscale", metavar="DIR_OR_REPO", help="super-resolution pipeline that follows --model")
+    plan.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    plan.set_defaults(run=run_plan)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -250,6 +264,20 @@ def run_convert(arguments: argparse.Namespace) -> None:
         repo = HfApi().create_repo(arguments.push_to_hub, exist_ok=True)
         HfApi().upload_folder(repo_id=arguments.push_to_hub, folder_path=path)
         print(repo)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    plans = plan_call(
+        arguments.model,
+        arguments.upscale,
+        arguments.height,
+        arguments.width,
+        arguments.num_frames,
+        getattr(torch, arguments.dtype),
+    )
+    for plan in plans:
+        print(format_plan(plan, arguments.vram), end="\n\n")
+    print(format_script(plans, arguments.vram))
 
 
 def run_card(arguments: argparse.Namespace) -> None:

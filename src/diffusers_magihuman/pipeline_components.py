@@ -114,6 +114,8 @@ class MagiHumanComponentsMixin:
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae"
+    # Sequential offloading takes away the weights that the sound autoencoder's weight norm is computed from.
+    _exclude_from_cpu_offload = ["audio_vae"]
     _callback_tensor_inputs = ["latents", "audio_latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -131,6 +133,9 @@ class MagiHumanComponentsMixin:
     def register_components(self, **components: Any) -> None:
         """Registers the components and reads sizes and rates off their configs."""
         self.register_modules(**components)
+        if self.text_encoder is not None:
+            # Its layers are one level below, where Diffusers' group offloading by blocks does not look by itself.
+            self.text_encoder._group_offload_block_modules = ["encoder"]
         # `AutoencoderKLWan` and the published Turbo VAE name the same ratio differently.
         self.vae_scale_factor_temporal = 4
         self.vae_scale_factor_spatial = 16

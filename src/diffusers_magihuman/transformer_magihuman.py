@@ -71,7 +71,7 @@ class MagiHumanTransformer3DModelOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    audio_sample: torch.Tensor
+    audio_sample: torch.Tensor | None = None  # the default lets accelerate's hooks rebuild an output from its values
 
 
 def pad_to_multiple(states: torch.Tensor, multiple: int) -> torch.Tensor:

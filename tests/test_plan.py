@@ -1,0 +1,285 @@
+"""What `magihuman plan` says is what the code then needs, measured in bytes of tensors."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline
+from test_memory import assert_equal, generate, round_to_float8
+
+from diffusers_magihuman.cli import main
+from diffusers_magihuman.plan import (
+    GIB,
+    SETTINGS,
+    MemoryTracker,
+    choose,
+    configured_pipeline,
+    format_plan,
+    make_stages,
+    measure_peak,
+    plan_call,
+    plan_pipeline,
+    published_pipeline,
+    setting_lines,
+    weights_on_gpu,
+)
+
+
+PIPELINES = {"base": make_tiny_pipeline, "upscale": make_tiny_upscale_pipeline}
+# What a CPU has no streams, and Diffusers no offloading from it, for.
+SUBSTITUTIONS = {
+    "cuda": "cpu",
+    "use_stream=True": "use_stream=False",
+    "pipe.enable_model_cpu_offload()": 'pipe.enable_model_cpu_offload(device="cpu")',
+}
+
+
+def on_a_cpu(lines):
+    for old, new in SUBSTITUTIONS.items():
+        lines = lines.replace(old, new)
+    return lines
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tracker_counts_each_storage_while_it_is_alive(device):
+    held = torch.zeros(1000, device=device)
+    with MemoryTracker() as tracker:
+        tracker.hold([held, held[:10]])
+        assert tracker.live == 4000
+        first = torch.zeros(500, device=device)
+        second = first + 1
+        view = second.view(5, 100).t()
+        assert tracker.live == 4000 + 2000 + 2000
+        del first, second
+        assert (tracker.live, tracker.peak) == (6000, 8000)
+        held.data = torch.zeros(10, device=device)
+        assert tracker.live == 2000 + 40
+        del view
+    assert (tracker.live, tracker.peak) == (40, 8000)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_attention_has_no_scores(has_mask, device):
+    query, key, value = (torch.zeros(1, 4, 2048, 16, device=device) for _ in range(3))
+    mask = torch.zeros(1, 1, 1, 2048, device=device) if has_mask else None
+    peak = measure_peak(lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    assert peak == query.nbytes + 4 * 4 * 2048  # the output, and a log of sums for each query
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_planned_bytes_are_those_of_a_real_run(kind, tmp_path):
+    pipe = PIPELINES[kind]()
+    pipe.save_pretrained(tmp_path)
+    size = (64, 96, 18)
+    plan = plan_pipeline("tiny", configured_pipeline(str(tmp_path), torch.float32), *size)
+    stages = list(make_stages(pipe, *size))
+    assert [stage.name for stage in stages] == [stage.name for stage in plan.stages]
+    assert len(stages) == 6
+    for stage, planned in zip(stages, plan.stages, strict=True):
+        measured = measure_peak(stage.run, getattr(pipe, stage.component))
+        assert planned.plain == pytest.approx(measured, rel=0.02), stage.name
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    pipe.vae.enable_tiling()
+    for stage, planned in zip(stages, plan.stages, strict=True):
+        if stage.component in ("transformer", "vae"):
+            measured = measure_peak(stage.run, getattr(pipe, stage.component))
+            assert planned.lean == pytest.approx(measured, rel=0.02), stage.name
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_planned_weights_are_those_of_a_real_pipeline(kind, tmp_path):
+    pipe = PIPELINES[kind]()
+    pipe.save_pretrained(tmp_path)
+    plan = plan_pipeline("tiny", configured_pipeline(str(tmp_path), torch.bfloat16), 32, 64, 9)
+    loaded = type(pipe).from_pretrained(tmp_path, dtype={"default": torch.bfloat16, "audio_vae": torch.float32})
+    for name, by_dtype in plan.weights.items():
+        for dtype, size in by_dtype.items():
+            parameters = [p for p in getattr(loaded, name).parameters() if p.dtype == dtype]
+            assert size == sum(parameter.nbytes for parameter in parameters), (name, dtype)
+        assert sum(by_dtype.values()) == sum(parameter.nbytes for parameter in getattr(loaded, name).parameters())
+
+
+def size(*modules):
+    return sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
+
+
+def test_group_offloading_holds_the_groups_that_stay_and_those_in_flight(tiny_pipeline_dir):
+    pipe = configured_pipeline(str(tiny_pipeline_dir), torch.float32)
+    stages = list(make_stages(pipe, 32, 32, 5))
+    weights = weights_on_gpu(pipe, stages)
+    autoencoders = size(pipe.vae, pipe.audio_vae)
+    assert weights["block_level"]["decoding video"] == weights["leaf_level"]["given sound"] == autoencoders
+    blocks = sorted(size(block) for block in pipe.transformer.transformer_blocks)
+    outside = size(pipe.transformer) - sum(blocks)
+    assert weights["block_level"]["denoising step"] == autoencoders + outside + sum(blocks[-2:])
+    encoder = pipe.text_encoder.encoder
+    assert weights["block_level"]["text"] == autoencoders + size(encoder)  # two layers, both in flight
+    linears = sorted(size(module) for module in pipe.transformer.modules() if isinstance(module, torch.nn.Linear))
+    assert weights["leaf_level"]["denoising step"] == autoencoders + sum(linears[-2:])
+    one = weights_on_gpu(pipe, stages, num_in_flight=1)
+    assert one["block_level"]["text"] == autoencoders + size(encoder) - size(encoder.layers[0])
+
+
+def test_model_offload_holds_what_its_hooks_leave_on_the_gpu(tiny_pipeline_dir):
+    pipe = configured_pipeline(str(tiny_pipeline_dir), torch.float32)
+    weights = weights_on_gpu(pipe, list(make_stages(pipe, 32, 32, 5)))["model"]
+    assert weights == {
+        "text": size(pipe.text_encoder),
+        "first frame": size(pipe.text_encoder, pipe.vae),
+        "given sound": size(pipe.text_encoder, pipe.audio_vae),
+        "denoising step": size(pipe.transformer, pipe.audio_vae),
+        "decoding video": size(pipe.vae, pipe.audio_vae),
+        "decoding sound": size(pipe.audio_vae),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_model_offload_on_a_gpu_leaves_there_what_is_planned(tiny_pipeline_dir):
+    planned = configured_pipeline(str(tiny_pipeline_dir), torch.float32)
+    weights = weights_on_gpu(planned, list(make_stages(planned, 32, 32, 5)))["model"]
+    pipe = make_tiny_pipeline()
+    pipe.enable_model_cpu_offload()
+    for stage in make_stages(pipe, 32, 32, 5):
+        with torch.no_grad():
+            stage.run()
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        assert weights[stage.name] == size(*(part for part in modules if part.device.type == "cuda")), stage.name
+
+
+def test_figures_grow_with_the_size_and_fall_along_the_settings(tiny_pipeline_dir):
+    def plan(*size):
+        return plan_pipeline("tiny", configured_pipeline(str(tiny_pipeline_dir), torch.float32), *size)
+
+    small, wide, long = plan(64, 64, 5), plan(64, 640, 5), plan(64, 64, 33)
+    for larger in (wide, long):
+        for stage, other in zip(small.stages, larger.stages, strict=True):
+            assert other.plain >= stage.plain and other.lean >= stage.lean
+        denoise = [next(stage for stage in p.stages if stage.name == "denoising step") for p in (small, larger)]
+        assert denoise[1].plain > denoise[0].plain and denoise[1].lean > denoise[0].lean
+    peaks = [{(c.setting.offload, c.setting.float8): c.peak for c in p.choices if c.tiling} for p in (small, wide)]
+    for peak in peaks:
+        for offload in (None, "model", "block_level", "leaf_level"):
+            assert peak[offload, True] <= peak[offload, False]
+        for float8 in (False, True):
+            assert peak[None, float8] > peak["model", float8]
+            assert peak["block_level", float8] >= peak["leaf_level", float8]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=[setting.name for setting in SETTINGS])
+def test_lines_of_every_setting_run_and_change_nothing(setting):
+    kind = "upscale" if setting.float8 else "base"
+    pipe = PIPELINES[kind]()
+    if setting.float8:
+        round_to_float8(pipe.transformer)
+    expected = generate(pipe)
+    pipe = PIPELINES[kind]()
+    lines = "\n".join(setting_lines(setting, True, torch.float32))
+    assert ("float8" in lines) == setting.float8
+    assert ("cuda" in lines) == (setting.offload != "model")
+    exec(on_a_cpu(lines), {"pipe": pipe, "torch": torch})
+    assert pipe.vae.use_tiling
+    assert_equal(generate(pipe), expected)  # too small for more than one tile
+
+
+def test_command_prints_a_plan_whose_python_runs(tiny_pipeline_dir, tiny_upscale_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--height", "256", "--width", "480", "--num-frames", "5"]
+    command = ["plan", "--vram", "2", *size, "--model", str(tiny_pipeline_dir), "--upscale", str(tiny_upscale_dir)]
+    assert main([*command, "--dtype", "float32"]) == 0
+    output = capsys.readouterr().out
+    tables, script = output.split("\nimport torch\n")
+    assert f"{tiny_pipeline_dir}, MagiHumanAudioVideoPipeline: 256x448, 5 frames (0.2 s), float32" in tables
+    assert f"{tiny_upscale_dir}, MagiHumanLatentUpscalePipeline: 256x480, 5 frames (0.2 s), float32" in tables
+    assert len(re.findall(r"^\| all on the GPU +\| [\d.]+ +\| [\d.]+ +\| yes", tables, re.MULTILINE)) == 2
+    exec(on_a_cpu("import torch\n" + script), {"prompt": "A woman says hello."})
+    assert (tmp_path / "out.mp4").is_file()
+
+
+def test_too_small_a_gpu_says_what_is_missing(tiny_pipeline_dir, capsys):
+    assert main(["plan", "--vram", "1", "--model", str(tiny_pipeline_dir), "--num-frames", "5"]) == 2
+    captured = capsys.readouterr()
+    assert "| group offload, leaves" in captured.out and "import torch" not in captured.out
+    (line,) = captured.err.splitlines()
+    assert re.search(r"No setting makes 256x448, 5 frames, fit into 1 GiB: the leanest, [a-z ,]+, needs", line)
+    assert re.search(r"needs \d\.\d GiB, \d\.\d more, in the stage 'decoding video' of .*tiny", line)
+
+
+def test_the_first_setting_that_fits_is_chosen(tiny_pipeline_dir):
+    plan = plan_pipeline("tiny", configured_pipeline(str(tiny_pipeline_dir), torch.float32), 64, 64, 5)
+    assert [choice[:2] for choice in plan.choices[:3]] == [
+        (SETTINGS[0], False),
+        (SETTINGS[0], True),
+        (SETTINGS[1], False),
+    ]
+    needs = [20, 12, 15, 10, *[11] * 4, *[5] * (len(plan.choices) - 8)]
+    choices = [choice._replace(peak=need * GIB) for choice, need in zip(plan.choices, needs, strict=True)]
+    plan = plan._replace(choices=choices)
+    for vram, index in ((24, 0), (21, 0), (20.9, 1), (13, 1), (12, 3), (11, 3), (10.9, 8), (6, 8)):
+        assert choose(plan, vram) == choices[index]
+    with pytest.raises(ValueError, match=r"needs 6\.0 GiB, 0\.1 more"):
+        choose(plan, 5.9)
+    for vram, verdicts in ((14, ["with tiling", "with tiling", "yes"]), (11.5, ["no", "with tiling", "no"])):
+        rows = format_plan(plan, vram).split("| setting")[1].splitlines()[2:5]
+        assert [row.split("|")[-2].strip() for row in rows] == verdicts
+
+
+def test_full_size_is_the_published_models():
+    pipe = published_pipeline("sr_540p", torch.bfloat16)
+    counts = {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("transformer", "text_encoder")
+    }
+    assert counts == {"transformer": 15_299_419_136, "text_encoder": 9_241_705_984}
+    assert pipe.transformer.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16
+    assert pipe.transformer.video_embedder.weight.dtype == pipe.audio_vae.dtype == torch.float32
+
+
+def test_full_size_with_super_resolution():
+    base, upscale = plan_call(height=512, width=896, num_frames=5)
+    assert (base.model, base.height, base.width) == ("owner/magihuman-base", 256, 448)
+    assert (upscale.model, upscale.height, upscale.width) == ("owner/magihuman-sr-540p", 512, 896)
+    assert choose(upscale, 80).setting == SETTINGS[0]
+    assert choose(upscale, 24).setting.offload == "block_level"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--vram", "0"], "argument --vram: '0' must be a positive number"),
+        (["--vram", "16GB"], "argument --vram: '16GB' must be a positive number"),
+        ([], "the following arguments are required: --vram"),
+        (["--vram", "16", "--height", "100"], "argument --height: 100 must be a multiple of 32"),
+        (["--vram", "16", "--num-frames", "0"], "argument --num-frames: '0' must be an integer of 1 or more"),
+        (["--vram", "16", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--vram", "16", "--model", "./missing-model"], "missing-model"),
+        (["--vram", "16", "--model", "UPSCALE", "--upscale", "UPSCALE"], "`upscale` must follow another pipeline"),
+        (["--vram", "16", "--model", "BASE", "--upscale", "BASE"], "must hold a MagiHumanLatentUpscalePipeline"),
+        (
+            ["--vram", "16", "--model", "BASE", "--upscale", "UPSCALE", "--height", "64", "--width", "480"],
+            "`height`=64 and `width`=480 must not be less than those of what is upscaled, 256 and 448",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments, message, tiny_pipeline_dir, tiny_upscale_dir, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"BASE": str(tiny_pipeline_dir), "UPSCALE": str(tiny_upscale_dir)}
+    try:
+        status = main(["plan", *(names.get(argument, argument) for argument in arguments)])
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2 and not captured.out
+    assert message in captured.err and len(captured.err.splitlines()) == 1
+
+
+def test_other_pipelines_are_refused(tiny_pipeline, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match="holds a WanPipeline, it must hold one of"):
+        configured_pipeline(str(tmp_path), torch.float32)
+    type(tiny_pipeline)(**tiny_pipeline.components | {"transformer": None}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no transformer"):
+        configured_pipeline(str(tmp_path), torch.float32)
