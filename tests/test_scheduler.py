@@ -83,6 +83,20 @@ def test_config_round_trip_and_exchange(tmp_path):
     assert MagiHumanFlowScheduler.from_config(unipc.config).config.flow_shift == 7.0
 
 
+def test_configs_of_other_schedulers_change_nothing_that_is_fixed(tmp_path):
+    # In a file every setting is spelled out, that of predicting noise too.
+    other = diffusers.DPMSolverMultistepScheduler(prediction_type="epsilon", flow_shift=7.0)
+    other.save_pretrained(tmp_path)
+    scheduler = MagiHumanFlowScheduler.from_config(diffusers.DPMSolverMultistepScheduler.load_config(tmp_path))
+    expected = MagiHumanFlowScheduler(flow_shift=7.0)
+    assert {name: scheduler.config[name] for name in expected.config} == dict(expected.config)
+    for each in (scheduler, expected):
+        each.set_timesteps(3)
+    sample = torch.randn(1, 2, 3)
+    outputs = [each.step(velocity(sample), each.timesteps[0], sample).prev_sample for each in (scheduler, expected)]
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -13,7 +13,8 @@
 # limitations under the License.
 """daVinci-MagiHuman as native Diffusers components.
 
-Importing this package registers its classes on `diffusers`, so that `DiffusionPipeline.from_pretrained` finds them.
+Importing this package registers its classes on `diffusers`, so that `DiffusionPipeline.from_pretrained` finds them,
+and the pipelines on `diffusers.pipelines` too, where Diffusers looks for their sources.
 """
 
 import diffusers
@@ -55,3 +56,5 @@ for _class in (
     MagiHumanTransformer3DModel,
 ):
     setattr(diffusers, _class.__name__, _class)
+    if issubclass(_class, diffusers.DiffusionPipeline):
+        setattr(diffusers.pipelines, _class.__name__, _class)

@@ -13,6 +13,8 @@
 # limitations under the License.
 """The flow scheduler of MagiHuman: the noise level lives here alone, since the model never sees a timestep."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -58,6 +60,13 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         )
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        # What is fixed here must not come from the config of another scheduler, which may predict the noise.
+        init_dict, unused_kwargs, hidden_dict = super().extract_init_dict(config_dict, **kwargs)
+        fixed = cls._get_init_keys(UniPCMultistepScheduler)
+        return init_dict, unused_kwargs, {name: value for name, value in hidden_dict.items() if name not in fixed}
 
     def set_timesteps(
         self,

@@ -141,6 +141,14 @@ class MagiHumanRMSNorm(nn.RMSNorm):
         return F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
+class MagiHumanFloat32Linear(nn.Linear):
+    """Linear that computes in float32 whatever the dtype of its input and weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden_states.float(), self.weight.float(), bias)
+
+
 class ModalityLayer(nn.Module):
     """Three copies of a layer, one for each modality, each applied to its own slice of the sequence (dimension 1)."""
 
@@ -668,9 +676,9 @@ class MagiHumanTransformer3DModel(
         video_token_size = in_channels * math.prod(patch_size)
         self.gradient_checkpointing = False
 
-        self.video_embedder = nn.Linear(video_token_size, hidden_size)
-        self.audio_embedder = nn.Linear(audio_in_channels, hidden_size)
-        self.text_embedder = nn.Linear(text_in_channels, hidden_size)
+        self.video_embedder = MagiHumanFloat32Linear(video_token_size, hidden_size)
+        self.audio_embedder = MagiHumanFloat32Linear(audio_in_channels, hidden_size)
+        self.text_embedder = MagiHumanFloat32Linear(text_in_channels, hidden_size)
         self.rope = MagiHumanRotaryPosEmbed(attention_head_dim, rope_theta, coordinate_style)
 
         self.transformer_blocks = nn.ModuleList(
@@ -693,8 +701,8 @@ class MagiHumanTransformer3DModel(
 
         self.video_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
         self.audio_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
-        self.video_proj_out = nn.Linear(hidden_size, video_token_size, bias=False)
-        self.audio_proj_out = nn.Linear(hidden_size, audio_in_channels, bias=False)
+        self.video_proj_out = MagiHumanFloat32Linear(hidden_size, video_token_size, bias=False)
+        self.audio_proj_out = MagiHumanFloat32Linear(hidden_size, audio_in_channels, bias=False)
 
         # Where the hooks of context parallelism sit: not on linears, which adapters wrap and unwrap.
         self.shard_tokens = nn.Identity()
@@ -927,7 +935,7 @@ class MagiHumanTransformer3DModel(
         video = video.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
         tokens = [
-            embedder(self.shard_tokens(pad_to_multiple(states, layout.num_shards)).to(embedder.bias.dtype))
+            embedder(self.shard_tokens(pad_to_multiple(states, layout.num_shards)))
             for embedder, states in (
                 (self.video_embedder, video),
                 (self.audio_embedder, audio_hidden_states),
@@ -945,8 +953,8 @@ class MagiHumanTransformer3DModel(
                 hidden_states = block(hidden_states, rotary_emb, layout, attention_mask, dtype)
 
         video, audio, _ = hidden_states.split(layout.shard_lengths, dim=1)
-        video = self.video_proj_out(self.video_norm_out(video).to(self.video_proj_out.weight.dtype)).float()
-        audio = self.audio_proj_out(self.audio_norm_out(audio).to(self.audio_proj_out.weight.dtype)).float()
+        video = self.video_proj_out(self.video_norm_out(video)).float()
+        audio = self.audio_proj_out(self.audio_norm_out(audio)).float()
 
         video = self.gather_tokens(video)[:, : layout.video_length]
         audio = self.gather_tokens(audio)[:, : layout.audio_length]

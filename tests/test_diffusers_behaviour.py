@@ -1,0 +1,377 @@
+"""What Diffusers expects of every model and pipeline, and its own testers check, as far as no other file tests it."""
+
+import copy
+import inspect
+import json
+
+import diffusers
+import pytest
+import test_latent_upscale
+import test_pipeline
+import torch
+from conftest import PROMPT
+from diffusers.training_utils import EMAModel
+from diffusers.utils import constants
+from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
+from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_turbo_vae
+from test_pipeline import assert_same, seeded
+from test_transformer import make_inputs, make_tiny_model
+
+from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowScheduler
+from diffusers_magihuman.transformer_magihuman import MagiHumanAttnProcessor
+
+
+LOCAL = {"coordinate_style": "v1", "local_attention_layers": (0, 1), "local_attention_frames": 1}
+
+
+@pytest.fixture(params=["transformer", "vae"])
+def model_and_inputs(request):
+    torch.manual_seed(0)
+    if request.param == "vae":
+        return make_turbo_vae(), (torch.randn(2, 3, 5, 32, 32),)
+    return make_tiny_model(post_norm_layers=(1,)), make_inputs(batch_size=2)
+
+
+@pytest.fixture(params=["base", "upscale"])
+def pipe_and_run(request):
+    """A pipeline that a test may change, and what runs it with guidance for two steps."""
+    make_pipe, module = {
+        "base": (make_tiny_pipeline, test_pipeline),
+        "upscale": (make_tiny_upscale_pipeline, test_latent_upscale),
+    }[request.param]
+
+    def run(pipe, prompt=PROMPT, **kwargs):
+        return module.run(pipe, prompt, **{"guidance_scale": 3.0, "negative_prompt": "Blurred.", **kwargs})
+
+    return make_pipe(), run
+
+
+# Models
+
+
+@torch.no_grad()
+def test_output_is_the_same_each_time_and_as_a_tuple(model_and_inputs):
+    model, inputs = model_and_inputs
+    first, second, as_tuple = model(*inputs), model(*inputs), model(*inputs, return_dict=False)
+    assert list(first) == (["sample", "audio_sample"] if len(inputs) > 1 else ["sample"])
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(first)
+    for output, expected in ((second.to_tuple(), as_tuple), (first.to_tuple(), as_tuple)):
+        assert all(torch.equal(*pair) for pair in zip(output, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@torch.no_grad()
+def test_shards_and_variants(variant, workers, model_and_inputs, tmp_path, monkeypatch):
+    model, inputs = model_and_inputs
+    monkeypatch.setattr(constants, "HF_ENABLE_PARALLEL_LOADING", workers > 1)
+    monkeypatch.setattr(constants, "DEFAULT_HF_PARALLEL_LOADING_WORKERS", workers)
+    size = model.get_memory_footprint() * 3 // 4 // 1000
+    model.save_pretrained(tmp_path, variant=variant, max_shard_size=f"{size}KB")
+    index = json.loads(next(tmp_path.glob("*.index*.json")).read_text())
+    shards = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == shards and len(shards) == 2
+    assert all((".fp16" in name) == (variant is not None) for name in shards)
+
+    if variant is not None:
+        with pytest.raises(OSError, match="no file named"):
+            type(model).from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, variant=variant)
+    assert not loaded.training and torch.equal(loaded(*inputs)[0], model(*inputs)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_casting_equals_loading_in_half_precision(dtype, tmp_path):
+    """`to` casts the float32 parts too, but they compute in float32 all the same: only their weights are rounded."""
+    model, inputs = make_tiny_model(post_norm_layers=(1,)).to(dtype), make_inputs()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    assert model.dtype == loaded.dtype == dtype
+    assert model.video_embedder.weight.dtype == dtype and loaded.video_embedder.weight.dtype == torch.float32
+    inputs = [states.to(dtype) for states in inputs]
+    for output, expected in zip(model(*inputs).to_tuple(), loaded(*inputs).to_tuple(), strict=True):
+        assert output.dtype == torch.float32 and torch.equal(output, expected)
+
+
+@torch.no_grad()
+def test_weights_on_disk_give_the_same_output(tmp_path):
+    """accelerate puts the output together anew, out of a dictionary."""
+    model, inputs = make_tiny_model(), make_inputs()
+    expected = model(*inputs)
+    model.save_pretrained(tmp_path)
+    memory = {"cpu": model.get_memory_footprint() * 3 // 4}
+    loaded = type(model).from_pretrained(tmp_path, device_map="auto", max_memory=memory, offload_folder=tmp_path)
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    output = loaded(*inputs)
+    assert torch.equal(output.sample, expected.sample) and torch.equal(output["audio_sample"], expected[1])
+
+
+def test_config_is_read_from_the_config_alone(model_and_inputs):
+    model, _ = model_and_inputs
+    name = next(iter(inspect.signature(type(model)).parameters))
+    assert not hasattr(type(model), name)
+    with pytest.warns(FutureWarning, match=f"Accessing config attribute `{name}` directly"):
+        assert getattr(model, name) == model.config[name]
+    with pytest.raises(AttributeError, match=f"'{type(model).__name__}' object has no attribute 'nothing'"):
+        _ = model.nothing
+
+
+# Training
+
+
+def loss_and_gradients(model, inputs, dtype=None, **kwargs):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        outputs = model(*inputs, **kwargs, return_dict=False)
+        loss = sum(output.square().mean() for output in outputs)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, LOCAL])
+def test_checkpointing_and_autocast_in_training(config, dtype):
+    model, inputs = make_tiny_model(**config).train(), make_inputs(batch_size=2)
+    forwards = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    loss, gradients = loss_and_gradients(model, inputs, dtype, encoder_attention_mask=mask)
+    assert loss.dtype == torch.float32
+    # What the last block makes of the text is not used.
+    idle = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert all(name.startswith("transformer_blocks.2.") and ".text." in name for name in idle)
+
+    assert not model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing
+    checkpointed_loss, checkpointed = loss_and_gradients(model, inputs, dtype, encoder_attention_mask=mask)
+    assert torch.equal(checkpointed_loss, loss) and len(forwards) == 3  # the last of them in the backward pass
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=0, msg=name)
+    model.disable_gradient_checkpointing()
+    assert not model.is_gradient_checkpointing
+
+    if dtype is not None:
+        _, full = loss_and_gradients(model, inputs, encoder_attention_mask=mask)
+        both = [torch.cat([gradient.flatten() for gradient in each.values()]) for each in (gradients, full)]
+        assert torch.cosine_similarity(*both, dim=0) > 0.999
+
+
+def test_vae_trains_without_gradient_checkpointing():
+    vae = make_turbo_vae().train()
+    _, gradients = loss_and_gradients(vae, (torch.randn(1, 3, 5, 32, 32),))
+    assert all(gradient.any() for name, gradient in gradients.items() if name.startswith("decoder"))
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        vae.enable_gradient_checkpointing()
+
+
+def test_moving_average_of_the_weights(tmp_path):
+    model, inputs = make_tiny_model().train(), make_inputs()
+    start = copy.deepcopy(model.state_dict())
+    average = EMAModel(model.parameters(), decay=0.75, model_cls=type(model), model_config=model.config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # the first step of an average only copies, and the second has a decay of 2 / 11
+        loss_and_gradients(model, inputs)
+        optimizer.step()
+        average.step(model.parameters())
+    trained = copy.deepcopy(model.state_dict())
+
+    average.store(model.parameters())
+    average.copy_to(model.parameters())
+    averaged = model.video_embedder.weight.detach()
+    for weights in (start, trained):
+        assert (averaged - weights["video_embedder.weight"]).abs().max() > 1e-6
+    average.save_pretrained(tmp_path)
+    loaded = EMAModel.from_pretrained(tmp_path, model_cls=type(model))
+    pairs = zip(loaded.shadow_params, model.parameters(), strict=True)
+    assert loaded.decay == 0.75 and all(torch.equal(*pair) for pair in pairs)
+    average.restore(model.parameters())
+    assert all(torch.equal(weight, trained[name]) for name, weight in model.state_dict().items())
+
+
+# Attention processors
+
+
+class SilentProcessor(MagiHumanAttnProcessor):
+    """Attention that adds nothing."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return torch.zeros_like(super().__call__(attn, hidden_states, *args, **kwargs))
+
+
+@torch.no_grad()
+def test_attention_processors_are_exchanged_one_by_one_and_together():
+    model, inputs = make_tiny_model(), make_inputs()
+    original, expected = model.attn_processors, model(*inputs).sample
+    names = [f"transformer_blocks.{layer}.attn.processor" for layer in range(3)]
+    assert list(original) == names and all(type(each) is MagiHumanAttnProcessor for each in original.values())
+
+    second = SilentProcessor()
+    model.set_attn_processor({**original, names[1]: second})
+    assert model.transformer_blocks[1].attn.get_processor() is second
+    without_second = model(*inputs).sample
+    model.set_attn_processor(SilentProcessor())
+    without_any = model(*inputs).sample
+    assert len({output.sum().item() for output in (expected, without_second, without_any)}) == 3
+
+    with pytest.raises(ValueError, match="number of processors 1 does not match the number of attention layers: 3"):
+        model.set_attn_processor({names[0]: MagiHumanAttnProcessor()})
+    model.set_attn_processor(original)
+    assert torch.equal(model(*inputs).sample, expected)
+
+
+# Pipelines
+
+
+@pytest.mark.parametrize("safe_serialization", [True, False])
+def test_pipeline_with_a_variant(safe_serialization, pipe_and_run, tmp_path):
+    pipe, run = pipe_and_run
+    pipe.save_pretrained(tmp_path, variant="fp16", safe_serialization=safe_serialization)
+    for name in ("transformer", "vae", "audio_vae", "text_encoder"):
+        assert any(".fp16." in path.name for path in (tmp_path / name).iterdir()), name
+    loaded = type(pipe).from_pretrained(tmp_path, variant="fp16", device_map="cpu")
+    assert_same(run(loaded), run(pipe))
+    with pytest.raises(ValueError, match="model files of the `variant=bf16`"):
+        type(pipe).from_pretrained(tmp_path, variant="bf16")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_pipeline_in_half_precision(dtype, tolerance, pipe_and_run, tmp_path):
+    pipe, run = pipe_and_run
+    pipe.save_pretrained(tmp_path)
+    models = [name for name, component in pipe.components.items() if isinstance(component, torch.nn.Module)]
+    expected = run(pipe, output_type="pt").frames
+    assert pipe.to(dtype=dtype) is pipe
+    mixed = {"default": dtype, "text_encoder": torch.float32}
+    loaded = [type(pipe).from_pretrained(tmp_path, dtype=each) for each in (dtype, mixed)]
+    for each in (pipe, *loaded):
+        text_dtype = torch.float32 if each is loaded[1] else dtype
+        for name in models:
+            assert getattr(each, name).dtype == (text_dtype if name == "text_encoder" else dtype), name
+        frames = run(each, output_type="pt").frames
+        assert (frames - expected).square().mean().sqrt() < tolerance  # 0.14 for another seed
+
+
+def test_components_make_the_same_pipeline(pipe_and_run):
+    pipe, run = pipe_and_run
+    assert set(pipe.components) == {"tokenizer", "text_encoder", "transformer", "scheduler", "vae", "audio_vae"}
+    assert_same(run(type(pipe)(**pipe.components)), run(pipe))
+    assert type(pipe).from_pipe(pipe).components == pipe.components
+
+
+def test_call_has_the_usual_arguments(pipe_and_run):
+    pipe, run = pipe_and_run
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    usual = "prompt negative_prompt height width num_inference_steps guidance_scale generator latents audio_latents "
+    usual += "prompt_embeds negative_prompt_embeds output_type return_dict attention_kwargs callback_on_step_end"
+    assert set(usual.split()) <= parameters.keys()
+    assert all(value.default is not inspect.Parameter.empty for name, value in parameters.items() if name != "self")
+    output, as_tuple = run(pipe, output_type="pt"), run(pipe, output_type="pt", return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(output.frames, as_tuple[0]) and torch.equal(output[1], as_tuple[1])
+
+
+def test_prompts_of_any_length_in_a_batch(pipe_and_run):
+    pipe, run = pipe_and_run
+    prompts = [PROMPT, PROMPT[:20], 100 * "very long"]
+    for generator in (seeded(), [seeded(seed) for seed in range(3)]):
+        batch = run(pipe, prompts, generator=generator, max_sequence_length=200)
+        assert len(batch.frames) == 3
+    for i, prompt in enumerate(prompts):
+        single = run(pipe, prompt, generator=seeded(i), max_sequence_length=200)
+        item = {name: batch[name][i : i + 1] for name in ("frames", "audio")}
+        assert_same(item, single, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_videos_per_prompt(num_prompts, tiny_pipeline):
+    prompts = ["One.", "Two words."][:num_prompts]
+    seeds = range(2 * num_prompts)
+    output = test_pipeline.run(
+        tiny_pipeline, prompts, num_videos_per_prompt=2, generator=[seeded(seed) for seed in seeds], output_type="pt"
+    )
+    expected = test_pipeline.run(
+        tiny_pipeline,
+        [prompt for prompt in prompts for _ in range(2)],
+        generator=[seeded(seed) for seed in seeds],
+        output_type="pt",
+    )
+    assert len(output.frames) == len(output.audio) == 2 * num_prompts
+    assert_same(output, expected)
+
+
+def test_prompts_are_encoded_apart_from_the_rest(pipe_and_run):
+    """One pipeline has only what encodes text, the other everything else; names of results are those of arguments."""
+    pipe, run = pipe_and_run
+    text = {"tokenizer", "text_encoder"}
+    halves = [
+        type(pipe)(**{name: part if (name in text) == keeps_text else None for name, part in pipe.components.items()})
+        for keeps_text in (True, False)
+    ]
+    visitor = ReturnNameVisitor()
+    visitor.visit(visitor.get_ast_tree(cls=type(pipe)))
+    assert set(visitor.return_names) <= inspect.signature(type(pipe).__call__).parameters.keys()
+    with torch.no_grad():
+        encoded = halves[0].encode_prompt([PROMPT, "Short."], "Blurred.")
+    embeds = dict(zip(visitor.return_names, encoded, strict=True))
+    assert_same(run(halves[1], None, negative_prompt=None, **embeds), run(pipe, [PROMPT, "Short."]))
+
+
+def count_forwards(pipe):
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_callback_turns_guidance_off_and_up(pipe_and_run):
+    pipe, run = pipe_and_run
+    calls = count_forwards(pipe)
+
+    def turn_off(pipe, step, _timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = pipe._audio_guidance_scale = 1.0
+        return tensors
+
+    guided = run(pipe, num_inference_steps=5)
+    assert len(calls) == 10
+    cut_off = run(pipe, num_inference_steps=5, callback_on_step_end=turn_off)
+    assert len(calls) == 10 + 2 * 2 + 3
+    assert (cut_off.frames - guided.frames).abs().max() > 1e-4
+
+    def turn_up(pipe, _step, _timestep, tensors):
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    inputs = pipe._callback_tensor_inputs
+    run(pipe, num_inference_steps=5, callback_on_step_end=turn_up, callback_on_step_end_tensor_inputs=inputs)
+    assert len(calls) == 10 + 7 + 10
+    assert pipe.guidance_scale == 3.0 + pipe.num_timesteps
+
+
+def test_callback_changes_what_it_is_given(pipe_and_run):
+    pipe, run = pipe_and_run
+    for name in pipe._callback_tensor_inputs:
+
+        def change(_pipe, step, _timestep, tensors, name=name):
+            assert list(tensors) == [name]
+            return {name: torch.zeros_like(tensors[name])} if step == 0 else {}
+
+        arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [name]}
+        assert not torch.equal(run(pipe, **arguments).frames, run(pipe).frames), name
+
+
+def test_sampler_is_a_component_like_any_other(pipe_and_run):
+    """The stochastic solver in the place of the multistep one, by the config of the first."""
+    pipe, run = pipe_and_run
+    expected = run(pipe)
+    pipe.scheduler = MagiHumanFlowScheduler.from_config(pipe.scheduler.config, sampler="renoise")
+    assert not torch.equal(run(pipe).frames, expected.frames)
+    pipe.scheduler = MagiHumanFlowScheduler.from_config(pipe.scheduler.config, sampler="unipc")
+    assert_same(run(pipe), expected)
+
+
+def test_classes_are_found_where_diffusers_looks():
+    for name in ("MagiHumanAudioVideoPipeline", "MagiHumanLatentUpscalePipeline"):
+        assert getattr(diffusers.pipelines, name) is getattr(diffusers, name)
+    assert diffusers.AutoencoderKLMagiHumanTurbo is AutoencoderKLMagiHumanTurbo
