@@ -9,7 +9,7 @@ from test_pipeline import assert_same, run
 from test_transformer import make_inputs, make_tiny_model
 
 
-MASKED_LOCAL_FUSED = {"coordinate_style": "v1", "local_attention_layers": (0, 1)}
+LOCAL = {"coordinate_style": "v1", "local_attention_layers": (0, 1)}
 # Text, audio, frames: nothing that a call may change stays the same.
 LENGTHS = [
     {},
@@ -50,21 +50,19 @@ def assert_equal_outputs(model, compiled, batch_size=1, **lengths):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("config, batch_size", [({}, 1), (MASKED_LOCAL_FUSED, 2)])
 @torch.no_grad()
-def test_one_graph_serves_all_lengths(config, batch_size):
-    model = make_model(**config)
-    if config:
-        model.fuse_qkv_projections()
+def test_one_graph_serves_all_lengths_with_masks_local_layers_and_fused_projections():
+    model = make_model(**LOCAL)
+    model.fuse_qkv_projections()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lengths in LENGTHS:
-            assert_equal_outputs(model, compiled, batch_size, **lengths)
+            assert_equal_outputs(model, compiled, batch_size=2, **lengths)
 
 
 @torch.no_grad()
 def test_lengths_become_dynamic_when_they_first_change():
-    model = make_model()
+    model = make_tiny_model(num_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for lengths in (LENGTHS[0], LENGTHS[3]):
         assert_equal_outputs(model, compiled, **lengths)
@@ -76,7 +74,7 @@ def test_lengths_become_dynamic_when_they_first_change():
 
 @torch.no_grad()
 def test_narrow_local_layers_compile_once_for_a_number_of_frames():
-    model = make_model(**MASKED_LOCAL_FUSED, local_attention_frames=1)
+    model = make_tiny_model(**LOCAL, num_layers=1, local_attention_frames=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     assert_equal_outputs(model, compiled, num_frames=4)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -85,7 +83,7 @@ def test_narrow_local_layers_compile_once_for_a_number_of_frames():
 
 @torch.no_grad()
 def test_repeated_blocks_compile_once_for_each_kind():
-    config = {"num_layers": 5, "modality_layers": (0, 1, 4), "gelu_layers": (0, 1)}
+    config = {"num_layers": 4, "modality_layers": (0, 3), "gelu_layers": (0,)}
     model, regional = make_tiny_model(**config), make_tiny_model(**config)
     regional.load_state_dict(model.state_dict())
     regional.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
@@ -111,7 +109,7 @@ def test_steps_of_a_pipeline_share_one_graph(tiny_pipeline):
     assert num_graphs() == 1
 
 
-@pytest.mark.parametrize("config, batch_size", [({}, 1), (MASKED_LOCAL_FUSED, 2)])
+@pytest.mark.parametrize("config, batch_size", [({}, 1), (LOCAL, 2)])
 @torch.no_grad()
 def test_exported_program_gives_the_same(config, batch_size):
     model = make_model(**config)
@@ -127,7 +125,7 @@ def test_exported_program_gives_the_same(config, batch_size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("config", [{}, MASKED_LOCAL_FUSED])
+@pytest.mark.parametrize("config", [{}, LOCAL])
 @torch.no_grad()
 def test_inductor_on_a_gpu(config, tmp_path):
     model = make_model(**config).to("cuda")
