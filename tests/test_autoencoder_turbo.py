@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import DATA, load_golden, load_golden_weights
 from diffusers import AutoencoderKLWan
 
@@ -239,6 +240,16 @@ def test_group_offload(encoder, offload):
     assert torch.equal(vae.decode(z).sample, decoded)
     if encoder:
         assert torch.equal(vae.encode(video).latent_dist.mode(), encoded)
+
+
+@torch.no_grad()
+def test_weights_on_disk(tiny_vae, tmp_path):
+    video, z = torch.randn(1, 3, 9, 16, 32), torch.randn(1, 8, 3, 1, 2)
+    encoded, decoded = tiny_vae.encode(video).latent_dist.mode(), tiny_vae.decode(z).sample
+    blocks = {name: "disk" for name, module in tiny_vae.named_modules() if name.count(".") == 1}
+    dispatch_model(tiny_vae, {**blocks, "quant_conv": "cpu", "encoder.conv_in": "cpu"}, offload_dir=tmp_path)
+    assert torch.equal(tiny_vae.encode(video).latent_dist.mode(), encoded)
+    assert torch.equal(tiny_vae.decode(z).sample, decoded)
 
 
 def test_full_size():

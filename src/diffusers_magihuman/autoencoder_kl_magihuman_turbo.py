@@ -22,6 +22,7 @@ Notable features:
 """
 
 import math
+from collections import UserList
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 
@@ -383,7 +384,6 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["MagiHumanTurboBlock3d", "WanResidualDownBlock", "WanMidBlock"]
     _group_offload_block_modules = ["encoder", "quant_conv", "decoder"]
-    _skip_keys = ["feat_cache", "feat_idx"]  # lists that the encoder changes in place
 
     @register_to_config
     def __init__(
@@ -501,11 +501,12 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         x = patchify(x, self.config.patch_size)
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
-        feat_cache = [None] * num_convs
-        hidden_states = [self.encoder(x[:, :, :1], feat_cache=feat_cache, feat_idx=[0])]
+        # The encoder changes both in place. The hooks of offloading would replace plain lists by copies.
+        feat_cache = UserList([None] * num_convs)
+        hidden_states = [self.encoder(x[:, :, :1], feat_cache=feat_cache, feat_idx=UserList([0]))]
         for chunk in range(1, x.shape[2], self.temporal_compression_ratio):
             frames = x[:, :, chunk : chunk + self.temporal_compression_ratio]
-            hidden_states.append(self.encoder(frames, feat_cache=feat_cache, feat_idx=[0]))
+            hidden_states.append(self.encoder(frames, feat_cache=feat_cache, feat_idx=UserList([0])))
         return self.quant_conv(torch.cat(hidden_states, dim=2))
 
     @apply_forward_hook
