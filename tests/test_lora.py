@@ -1,5 +1,6 @@
 """LoRAs on the original's names against the same change of the original's weights, before they are converted."""
 
+import logging
 import re
 
 import pytest
@@ -399,6 +400,14 @@ def unchanged_pipe():
     yield pipe
     assert pipe.get_list_adapters() == {}
     assert_same_tensors(pipe.transformer.state_dict(), before)
+
+
+def test_tensors_of_no_module_load_nothing(unchanged_pipe, caplog):
+    logger = logging.getLogger("diffusers.loaders.peft")
+    logger.addHandler(caplog.handler)
+    unchanged_pipe.load_lora_weights({"lora_alpha": torch.tensor(2.0)})
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages[0].startswith("No LoRA keys associated to MagiHumanTransformer3DModel")
 
 
 @pytest.mark.parametrize("case", BAD_LORAS)

@@ -1,14 +1,12 @@
 import json
-import weakref
 
 import pytest
 import torch
 from conftest import DATA, load_golden, make_golden_transformer
 from safetensors import safe_open
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
+from diffusers_magihuman.plan import MemoryTracker
 from diffusers_magihuman.transformer_magihuman import (
     ClampedGELU,
     ClampedSwiGLU,
@@ -293,23 +291,6 @@ def test_local_attention_is_one_softmax_over_the_window(num_frames, num_neighbou
     assert processor.calls[-1] == (9, len(is_video))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Notes the most bytes that tensors made inside have held at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            storage = tensor.untyped_storage()
-            self.live[storage._cdata] = (weakref.ref(storage), storage.nbytes())
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if ref() is not None}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return output
-
-
 def naive_gelu(states):
     states = states.float().clamp(max=7.0)
     return states * torch.sigmoid(1.702 * states)
@@ -335,7 +316,7 @@ def test_activations_are_exact_and_lean(layer, naive, dtype):
     peaks = []
     with torch.no_grad():
         for function in (layer, naive):
-            with LiveBytes() as memory:
+            with MemoryTracker() as memory:
                 result = function(states)
             assert torch.equal(result, expected)
             assert torch.equal(states, kept)

@@ -325,6 +325,10 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         state_dict, saved_config = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
+        if state_dict and not any("." in name for name in state_dict):
+            # Of no module at all: Diffusers warns, and leaves the transformer as it was.
+            self.load_lora_into_transformer(state_dict, transformer, adapter_name, _pipeline=self)
+            return
         if saved_config is None and has_separate_alpha(state_dict):
             logging.get_logger(__name__).warning(
                 "The LoRA was saved by PEFT, which keeps its alpha in `adapter_config.json`. That file is not read, so"
