@@ -322,7 +322,15 @@ def test_text_encoding_rounds_and_cuts(tiny_pipeline, caplog):
     assert "12 tokens; those beyond `max_sequence_length`=5 are cut off: ' there.'" in caplog.text
 
 
-def test_text_without_tokens_raises(tiny_pipeline):
+def test_empty_text_is_the_begin_of_a_sequence(tiny_pipeline, monkeypatch):
+    begin = torch.tensor([[tiny_pipeline.tokenizer.bos_token_id]])
+    with torch.no_grad():
+        expected = tiny_pipeline.text_encoder(input_ids=begin).last_hidden_state.half().float()
+        embeds, _, _, _ = tiny_pipeline.encode_prompt("", do_classifier_free_guidance=False)
+    assert torch.equal(embeds, expected)
+    assert not torch.equal(run(tiny_pipeline, negative_prompt="").frames, run(tiny_pipeline).frames)
+
+    monkeypatch.setattr(type(tiny_pipeline.tokenizer), "bos_token_id", None, raising=False)
     with pytest.raises(ValueError, match="The tokenizer finds no token in the prompt ''"):
         run(tiny_pipeline, negative_prompt="")
 

@@ -387,7 +387,10 @@ class MagiHumanComponentsMixin:
                     f"{max_sequence_length} are cut off: {cut!r}"
                 )
             if input_ids.shape[1] == 0:
-                raise ValueError(f"The tokenizer finds no token in the prompt {text!r}; at least one is needed.")
+                if self.tokenizer.bos_token_id is None:
+                    raise ValueError(f"The tokenizer finds no token in the prompt {text!r}; at least one is needed.")
+                # What the tokenizer of the published models makes of an empty text.
+                input_ids = torch.tensor([[self.tokenizer.bos_token_id]], device=device)
             hidden_states = self.text_encoder(input_ids=input_ids).last_hidden_state[0, :max_sequence_length]
             embeds.append(hidden_states.half().float())
         lengths = torch.tensor([len(states) for states in embeds], device=device)
