@@ -324,6 +324,24 @@ def test_activations_are_exact_and_lean(layer, naive, dtype):
     assert peaks[0] <= peaks[1] * 2 / 3
 
 
+@torch.no_grad()
+def test_forward_chunking():
+    model, inputs = make_tiny_model(), make_inputs(2)
+    widest = []
+    model.transformer_blocks[1].ff.act.register_forward_hook(lambda _, args, __: widest.append(args[0].shape[1]))
+    expected = model(*inputs, return_dict=False)
+    for chunk_size in (1, 5, 1000):
+        model.enable_forward_chunking(chunk_size)
+        for output, whole in zip(model(*inputs, return_dict=False), expected, strict=True):
+            torch.testing.assert_close(output, whole, atol=1e-6, rtol=1e-5)
+    num_tokens = 3 * 2 * 3 + 9 + 7
+    assert widest == [num_tokens, *[1] * num_tokens, *[5] * 6, 4, num_tokens]
+    model.disable_forward_chunking()
+    assert all(torch.equal(*pair) for pair in zip(model(*inputs, return_dict=False), expected, strict=True))
+    with pytest.raises(ValueError, match="`chunk_size`=0 must be 1 or more"):
+        model.enable_forward_chunking(0)
+
+
 def test_bf16_keeps_norms_embedders_and_heads_in_fp32(tmp_path):
     model = to_bf16(make_tiny_model(post_norm_layers=(1,)), tmp_path)
     assert model.dtype == torch.bfloat16

@@ -517,10 +517,18 @@ class MagiHumanFeedForward(nn.Module):
         self.linear_in = make_linear(hidden_size, inner_size if use_gelu else 2 * inner_size, per_modality)
         self.act = ClampedGELU() if use_gelu else ClampedSwiGLU()
         self.linear_out = make_linear(inner_size, hidden_size, per_modality)
+        self.chunk_size = None  # tokens at a time, or all of them
 
     def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        inner = self.act(apply_layer(self.linear_in, hidden_states, layout))
-        return apply_layer(self.linear_out, inner.to(hidden_states.dtype), layout)
+        linears, parts = [(self.linear_in, self.linear_out)], [hidden_states]
+        if isinstance(self.linear_in, ModalityLayer):
+            linears = zip(self.linear_in.children(), self.linear_out.children(), strict=True)
+            parts = hidden_states.split(layout.shard_lengths, dim=1)
+        outputs = []
+        for (linear_in, linear_out), part in zip(linears, parts, strict=True):
+            for chunk in (part,) if self.chunk_size is None else part.split(self.chunk_size, dim=1):
+                outputs.append(linear_out(self.act(linear_in(chunk)).to(chunk.dtype)))
+        return torch.cat(outputs, dim=1)
 
 
 class MagiHumanTransformerBlock(nn.Module):
@@ -854,6 +862,28 @@ class MagiHumanTransformer3DModel(
             raise ValueError(
                 "Fused projections would ignore a LoRA: call `transformer.unfuse_qkv_projections()` first."
             )
+
+    def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
+        """
+        Runs the feed-forward of every block on a part of the tokens at a time.
+
+        Its wide activations are the largest tensors of a long or large video. The result differs by rounding at most.
+
+        Args:
+            chunk_size (`int`, defaults to 4096): Number of tokens.
+
+        Raises:
+            `ValueError`: `chunk_size` is less than 1.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size`={chunk_size} must be 1 or more.")
+        for block in self.transformer_blocks:
+            block.ff.chunk_size = chunk_size
+
+    def disable_forward_chunking(self) -> None:
+        """Undoes `enable_forward_chunking`."""
+        for block in self.transformer_blocks:
+            block.ff.chunk_size = None
 
     def prepare_attention_inputs(
         self,
