@@ -29,6 +29,7 @@ from torchao.quantization import (
 
 from diffusers_magihuman import QUANTIZATION_SKIP_MODULES, MagiHumanTransformer3DModel
 from diffusers_magihuman.quantization import check_quantization_config
+from diffusers_magihuman.transformer_magihuman import MagiHumanFloat32Linear
 
 
 # How far the output may be off, as a part of its norm: about twice of what was measured, which the README states.
@@ -77,7 +78,7 @@ def error(actual, expected):
 
 
 def is_quantized(linear):
-    return (type(linear), type(linear.weight)) != (nn.Linear, nn.Parameter)
+    return type(linear) not in (nn.Linear, MagiHumanFloat32Linear) or type(linear.weight) is not nn.Parameter
 
 
 def check_what_is_quantized(model):
