@@ -36,6 +36,7 @@ from diffusers_magihuman import (
 from diffusers_magihuman.plan import (
     GIB,
     SETTINGS,
+    choice_name,
     choose,
     format_table,
     make_meta_model,
@@ -44,6 +45,7 @@ from diffusers_magihuman.plan import (
     models_of,
     plan_call,
     published_pipeline,
+    set_lean,
     setting_lines,
     weights_on_gpu,
 )
@@ -57,7 +59,7 @@ TOLERANCE = 0.15
 # The other stages of the mid-size models are so small that the scratch memory of CPU libraries, up to 80 MiB, shows.
 # And of an embedding that lies in a file, only the rows that are read become resident.
 CHECKED_STAGES = ("denoising step", "decoding video")
-CHOICES = [(setting, tiling) for setting in SETTINGS for tiling in (False, True)]
+CHOICES = [(setting, lean) for setting in SETTINGS for lean in (False, True)]
 
 
 def make_small_pipeline(heads: int, num_layers: int, channels: int) -> DiffusionPipeline:
@@ -144,12 +146,11 @@ def warm_up() -> None:
 
 def run_setting(size: str, device: torch.device, index: int) -> dict:
     """Planned and measured bytes of every stage in a setting, and its seconds."""
-    setting, tiling = CHOICES[index]
+    setting, lean = CHOICES[index]
     planned_pipe, video = make_pipeline(size)
     if setting.float8:
         planned_pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, planned_pipe.transformer.dtype)
-    if tiling:
-        planned_pipe.vae.enable_tiling()
+    set_lean(planned_pipe, lean)
     # From RAM the next group is fetched on a stream while one runs, from disk each when it runs.
     stages = list(make_stages(planned_pipe, *video))
     weights = weights_on_gpu(planned_pipe, stages, 2 if device.type == "cuda" else 1)[setting.offload]
@@ -162,7 +163,7 @@ def run_setting(size: str, device: torch.device, index: int) -> dict:
     materialise(pipe, device)
     results = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        lines = "\n".join(setting_lines(setting, tiling, pipe.transformer.dtype))
+        lines = "\n".join(setting_lines(setting, lean, pipe.transformer.dtype))
         if device.type == "cpu":
             lines = lines.replace("cuda", "cpu").replace("use_stream=True", f"offload_to_disk_path={folder!r}")
         exec(lines, {"pipe": pipe, "torch": torch})
@@ -174,7 +175,7 @@ def run_setting(size: str, device: torch.device, index: int) -> dict:
                 seconds, _ = timed(stage.run, device)
                 peak = max(peak, peak_bytes(device) - baseline)
             results[stage.name] = {"planned": planned[stage.name], "measured": peak, "seconds": round(seconds, 2)}
-    return {"setting": setting.name + " and tiling" * tiling, "stages": results}
+    return {"setting": choice_name(setting, lean), "stages": results}
 
 
 def timed(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
@@ -189,13 +190,13 @@ def run_all(size: str, device: torch.device) -> list[dict]:
     """Every setting in a process of its own, whose allocator gives memory back to the system at once."""
     results = []
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for index, (setting, tiling) in enumerate(CHOICES):
+    for index, (setting, lean) in enumerate(CHOICES):
         if device.type == "cpu" and setting.offload == "model":
             continue  # nothing moves
         command = [sys.executable, __file__, "run", "--size", size, "--device", str(device), "--setting", str(index)]
         result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
-            results.append({"setting": setting.name + " and tiling" * tiling, "stages": None})
+            results.append({"setting": choice_name(setting, lean), "stages": None})
         else:
             results.append(json.loads(result.stdout.splitlines()[-1])["result"])
         print(results[-1], file=sys.stderr, flush=True)
@@ -244,7 +245,7 @@ def plan_gpus() -> list[tuple[str, ...]]:
             except ValueError:
                 row.append("does not fit")
             else:
-                row.append(f"{choice.setting.name}{', tiling' * choice.tiling}: {choice.peak / GIB:.1f}")
+                row.append(f"{choice_name(*choice[:2])}: {choice.peak / GIB:.1f}")
         rows.append(tuple(row))
     print(format_table(("GPU", *(f"{plan.height}x{plan.width}: GiB" for plan in (low, high))), rows))
     return rows

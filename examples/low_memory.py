@@ -20,6 +20,8 @@ pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype)
 # Weights stay in RAM; the next layer is on its way to the GPU while one runs there.
 streams = {"use_stream": device.type == "cuda", "exclude_modules": ["vae", "audio_vae"]}
 pipe.enable_group_offload(device, offload_type="leaf_level", **streams)
+# Runs the widest layers on a part of the tokens at a time.
+pipe.transformer.enable_forward_chunking()
 # Decodes a part of the picture, and a second of the video, at a time.
 pipe.vae.enable_tiling()
 num_frames = int(sys.argv[2]) if len(sys.argv) > 2 else 126

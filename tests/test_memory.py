@@ -46,6 +46,11 @@ def assert_equal(output, expected):
         assert np.array_equal(value, other)
 
 
+def assert_close(output, expected):
+    for value, other in zip(output, expected, strict=True):
+        assert np.abs(value - other).max() <= 1e-5
+
+
 @pytest.fixture(scope="module", params=PIPELINES)
 def kind(request):
     return request.param
@@ -198,6 +203,25 @@ def test_layerwise_casting_with_group_offload(kind):
     assert_equal(generate(pipe), expected)
 
 
+@pytest.mark.parametrize("is_float8", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_forward_chunking_with_group_offload(group, is_float8, kind, expected):
+    if is_float8:
+        pipe = PIPELINES[kind]()
+        round_to_float8(pipe.transformer)
+        expected = generate(pipe)
+    pipe = PIPELINES[kind]()
+    if is_float8:
+        pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    pipe.enable_group_offload(CPU, **GROUPS[group], exclude_modules=["vae", "audio_vae"])
+    pipe.transformer.enable_forward_chunking(5)
+    lengths = set()
+    for block in pipe.transformer.transformer_blocks:
+        block.ff.act.register_forward_hook(lambda _, args, __: lengths.add(args[0].shape[1]))
+    assert_close(generate(pipe), expected)
+    assert max(lengths) == 5
+
+
 def test_tiling_and_slicing(kind, expected):
     pipe = PIPELINES[kind]()
     pipe.vae.enable_slicing()
@@ -209,11 +233,6 @@ def test_tiling_and_slicing(kind, expected):
 
 
 # What moves weights to a GPU
-
-
-def assert_close(output, expected):
-    for value, other in zip(output, expected, strict=True):
-        assert np.abs(value - other).max() <= 1e-5
 
 
 def enable_group_offload(pipe, group, **arguments):
@@ -238,6 +257,19 @@ def test_offload_on_a_gpu(use_stream, way, kind):
     for _ in range(2):  # streams fetch ahead in the second call
         assert_close(generate(pipe), expected)
     assert {parameter.device.type for parameter in pipe.transformer.parameters()} <= {"cpu", "meta"}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("group", GROUPS)
+def test_forward_chunking_with_streams_on_a_gpu(group, kind):
+    """Leaves come once for each chunk, which is not the order in which streams fetch ahead."""
+    expected = generate(PIPELINES[kind]().to("cuda"))
+    pipe = PIPELINES[kind]()
+    enable_group_offload(pipe, group, use_stream=True)
+    pipe.transformer.enable_forward_chunking(5)
+    for _ in range(2):
+        assert_close(generate(pipe), expected)
 
 
 @pytest.mark.gpu

@@ -1,26 +1,32 @@
 """What `magihuman plan` says is what the code then needs, measured in bytes of tensors."""
 
+import itertools
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline
+from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_transformer
 from test_memory import assert_equal, generate, round_to_float8
 
+from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.cli import main
 from diffusers_magihuman.plan import (
     GIB,
+    LEAN,
     SETTINGS,
     MemoryTracker,
     choose,
     configured_pipeline,
     format_plan,
+    format_script,
     make_stages,
     measure_peak,
+    one_block_of_each_kind,
     plan_call,
     plan_pipeline,
     published_pipeline,
+    set_lean,
     setting_lines,
     weights_on_gpu,
 )
@@ -77,15 +83,13 @@ def test_planned_bytes_are_those_of_a_real_run(kind, tmp_path):
     stages = list(make_stages(pipe, *size))
     assert [stage.name for stage in stages] == [stage.name for stage in plan.stages]
     assert len(stages) == 6
-    for stage, planned in zip(stages, plan.stages, strict=True):
-        measured = measure_peak(stage.run, getattr(pipe, stage.component))
-        assert planned.plain == pytest.approx(measured, rel=0.02), stage.name
-    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    pipe.vae.enable_tiling()
-    for stage, planned in zip(stages, plan.stages, strict=True):
-        if stage.component in ("transformer", "vae"):
+    for float8, lean in itertools.product((False, True), repeat=2):
+        if float8 and not lean:
+            pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        set_lean(pipe, lean)
+        for stage, planned in zip(stages, plan.stages, strict=True):
             measured = measure_peak(stage.run, getattr(pipe, stage.component))
-            assert planned.lean == pytest.approx(measured, rel=0.02), stage.name
+            assert planned.peaks[float8, lean] == pytest.approx(measured, rel=0.02), (stage.name, float8, lean)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -99,6 +103,22 @@ def test_planned_weights_are_those_of_a_real_pipeline(kind, tmp_path):
             parameters = [p for p in getattr(loaded, name).parameters() if p.dtype == dtype]
             assert size == sum(parameter.nbytes for parameter in parameters), (name, dtype)
         assert sum(by_dtype.values()) == sum(parameter.nbytes for parameter in getattr(loaded, name).parameters())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_one_block_of_each_kind_needs_what_all_do(chunk_size):
+    layers = {"num_layers": 8, "modality_layers": (0, 1, 6, 7), "gelu_layers": (0, 1)}
+    layers |= {"local_attention_layers": (1, 2, 4, 5, 7), "local_attention_frames": 1}
+    with torch.device("meta"):
+        model = MagiHumanTransformer3DModel.from_config(make_transformer().config, **layers)
+        inputs = torch.zeros(1, 8, 4, 2, 4), torch.zeros(1, 9, 8), torch.zeros(1, 3, 16)
+    if chunk_size is not None:
+        model.enable_forward_chunking(chunk_size)
+    expected = measure_peak(lambda: model(*inputs), model)
+    with one_block_of_each_kind(model):
+        assert len(model.transformer_blocks) == 6
+        assert measure_peak(lambda: model(*inputs), model) == expected
+    assert len(model.transformer_blocks) == 8
 
 
 def size(*modules):
@@ -156,10 +176,10 @@ def test_figures_grow_with_the_size_and_fall_along_the_settings(tiny_pipeline_di
     small, wide, long = plan(64, 64, 5), plan(64, 640, 5), plan(64, 64, 33)
     for larger in (wide, long):
         for stage, other in zip(small.stages, larger.stages, strict=True):
-            assert other.plain >= stage.plain and other.lean >= stage.lean
-        denoise = [next(stage for stage in p.stages if stage.name == "denoising step") for p in (small, larger)]
-        assert denoise[1].plain > denoise[0].plain and denoise[1].lean > denoise[0].lean
-    peaks = [{(c.setting.offload, c.setting.float8): c.peak for c in p.choices if c.tiling} for p in (small, wide)]
+            assert len(stage.peaks) == 4
+            for key, peak in stage.peaks.items():
+                assert other.peaks[key] > peak if stage.name == "denoising step" else other.peaks[key] >= peak
+    peaks = [{(c.setting.offload, c.setting.float8): c.peak for c in p.choices if c.lean} for p in (small, wide)]
     for peak in peaks:
         for offload in (None, "model", "block_level", "leaf_level"):
             assert peak[offload, True] <= peak[offload, False]
@@ -180,8 +200,19 @@ def test_lines_of_every_setting_run_and_change_nothing(setting):
     assert ("float8" in lines) == setting.float8
     assert ("cuda" in lines) == (setting.offload != "model")
     exec(on_a_cpu(lines), {"pipe": pipe, "torch": torch})
-    assert pipe.vae.use_tiling
+    assert pipe.vae.use_tiling and pipe.transformer.transformer_blocks[-1].ff.chunk_size == 4096
     assert_equal(generate(pipe), expected)  # too small for more than one tile
+
+
+def test_without_autoencoder_lean_is_chunks_alone(tiny_pipeline_dir):
+    pipe = configured_pipeline(str(tiny_pipeline_dir), torch.float32)
+    pipe.register_modules(vae=None)
+    plan = plan_pipeline("tiny", pipe, 64, 64, 5)
+    assert {stage.component for stage in plan.stages} == {"text_encoder", "transformer", "audio_vae"}
+    lean = plan._replace(choices=[choice for choice in plan.choices if choice.lean])
+    assert len(lean.choices) == len(SETTINGS)
+    script = format_script([lean], 24)
+    assert "pipe.transformer.enable_forward_chunking()" in script and "pipe.vae" not in script
 
 
 def test_command_prints_a_plan_whose_python_runs(tiny_pipeline_dir, tiny_upscale_dir, tmp_path, capsys, monkeypatch):
@@ -221,7 +252,7 @@ def test_the_first_setting_that_fits_is_chosen(tiny_pipeline_dir):
         assert choose(plan, vram) == choices[index]
     with pytest.raises(ValueError, match=r"needs 6\.0 GiB, 0\.1 more"):
         choose(plan, 5.9)
-    for vram, verdicts in ((14, ["with tiling", "with tiling", "yes"]), (11.5, ["no", "with tiling", "no"])):
+    for vram, verdicts in ((14, [LEAN, LEAN, "yes"]), (11.5, ["no", LEAN, "no"])):
         rows = format_plan(plan, vram).split("| setting")[1].splitlines()[2:5]
         assert [row.split("|")[-2].strip() for row in rows] == verdicts
 

@@ -19,8 +19,10 @@ Notable features:
   shape and no data, while the bytes of their storages are counted
 - so the figures follow the code: what it keeps, what it copies, which windows, tiles and casts it makes
 - attention counts as flash kernels do it, with inputs and output but without a matrix of scores
+- blocks of the transformer that are alike need the same, so that one of each kind is run
 """
 
+import contextlib
 import copy
 import inspect
 import weakref
@@ -326,6 +328,7 @@ SETTINGS = tuple(
     )
 )
 AUTOENCODERS = ["vae", "audio_vae"]  # stay on the GPU in group offloading
+LEAN = "in tiles and chunks"  # the autoencoder and the feed-forward of the transformer
 
 
 def count_bytes(module: nn.Module) -> int:
@@ -395,8 +398,24 @@ def weights_on_gpu(
     return weights
 
 
-def setting_lines(setting: Setting, tiling: bool, dtype: torch.dtype) -> list[str]:
-    """The lines of Python that put a loaded pipeline `pipe` into a setting."""
+def set_lean(pipe: DiffusionPipeline, lean: bool) -> None:
+    """Has the transformer run its feed-forward in chunks and the video autoencoder, if there is one, work in tiles."""
+    if lean:
+        pipe.transformer.enable_forward_chunking()
+    else:
+        pipe.transformer.disable_forward_chunking()
+    if pipe.vae is not None and lean:
+        pipe.vae.enable_tiling()
+    elif pipe.vae is not None:
+        pipe.vae.disable_tiling()
+
+
+def choice_name(setting: Setting, lean: bool) -> str:
+    return f"{setting.name}, {LEAN}" if lean else setting.name
+
+
+def setting_lines(setting: Setting, lean: bool, dtype: torch.dtype, has_vae: bool = True) -> list[str]:
+    """The lines of Python that put a loaded pipeline `pipe` into a setting, with those of [`set_lean`] if `lean`."""
     lines = []
     if setting.float8:
         lines.append(f"pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, {dtype})")
@@ -415,8 +434,9 @@ def setting_lines(setting: Setting, tiling: bool, dtype: torch.dtype) -> list[st
             f"    exclude_modules={AUTOENCODERS},".replace("'", '"'),
             ")",
         ]
-    if tiling:
-        lines.append("pipe.vae.enable_tiling()")
+    if lean:
+        lines.append("pipe.transformer.enable_forward_chunking()")
+        lines += ["pipe.vae.enable_tiling()"] * has_vae
     return lines
 
 
@@ -424,19 +444,18 @@ def setting_lines(setting: Setting, tiling: bool, dtype: torch.dtype) -> list[st
 
 
 class StagePlan(NamedTuple):
-    """Bytes that a stage needs beyond its weights: `lean` with a float8 transformer and a tiled autoencoder."""
+    """Bytes that a stage needs beyond its weights, by whether the transformer is float8 and whether all is lean."""
 
     name: str
     component: str
-    plain: int
-    lean: int
+    peaks: dict[tuple[bool, bool], int]
 
 
 class Choice(NamedTuple):
-    """What a call needs in a setting: the bytes of its hungriest stage."""
+    """What a call needs in a setting, `lean` in tiles and chunks: the bytes of its hungriest stage."""
 
     setting: Setting
-    tiling: bool
+    lean: bool
     peak: int
     stage: str
 
@@ -453,7 +472,7 @@ class MemoryPlan(NamedTuple):
         dtype (`torch.dtype`): What the linears compute in.
         weights (`dict[str, dict[torch.dtype, int]]`): Bytes by component and dtype.
         stages (`list[StagePlan]`): What each stage needs beyond the weights.
-        choices (`list[Choice]`): What each setting needs, without and with tiling, from fast to slow.
+        choices (`list[Choice]`): What each setting needs, as a whole and lean, from fast to slow.
     """
 
     model: str
@@ -467,6 +486,18 @@ class MemoryPlan(NamedTuple):
     choices: list[Choice]
 
 
+@contextlib.contextmanager
+def one_block_of_each_kind(transformer: MagiHumanTransformer3DModel) -> Iterator[None]:
+    """Leaves out the blocks that are like another one: these need the same memory, and most of the time to plan."""
+    blocks = transformer.transformer_blocks
+    kinds = {(repr(block), block.attn.local_attention_frames): block for block in blocks}
+    transformer.transformer_blocks = nn.ModuleList(kinds.values())
+    try:
+        yield
+    finally:
+        transformer.transformer_blocks = blocks
+
+
 def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, num_frames: int) -> MemoryPlan:
     """
     Finds out what one call of a pipeline needs.
@@ -474,7 +505,7 @@ def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, 
     Args:
         model (`str`): Directory or repository of the pipeline, for the lines of Python.
         pipe (`DiffusionPipeline`):
-            The pipeline on the meta device. Afterwards its transformer is float8 and its autoencoder works in tiles.
+            The pipeline on the meta device. Afterwards it has a float8 transformer and works in tiles and chunks.
         height, width (`int`): Size of the video in pixels.
         num_frames (`int`): Length at 25 frames a second.
 
@@ -490,30 +521,34 @@ def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, 
     dtype = pipe.transformer.dtype
     stages = list(make_stages(pipe, height, width, num_frames))
 
-    plain_weights = weights_on_gpu(pipe, stages)
-    plain = [measure_peak(stage.run, models[stage.component]) for stage in stages]
-    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
-    if pipe.vae is not None:
-        pipe.vae.enable_tiling()
-    float8_weights = weights_on_gpu(pipe, stages)
-    stage_plans = []
-    for stage, peak in zip(stages, plain, strict=True):
-        is_leaner = stage.component in ("transformer", "vae")
-        lean = measure_peak(stage.run, models[stage.component]) if is_leaner else peak
-        stage_plans.append(StagePlan(stage.name, stage.component, peak, lean))
+    on_gpu = {}
+    stage_plans = [StagePlan(stage.name, stage.component, {}) for stage in stages]
+    for float8 in (False, True):
+        if float8:
+            pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+        on_gpu[float8] = weights_on_gpu(pipe, stages)
+        for lean in (False, True):
+            set_lean(pipe, lean)
+            for stage, stage_plan in zip(stages, stage_plans, strict=True):
+                # Where this stage ignores one of the two, its peak is that without it, measured before.
+                is_float8 = float8 and stage.component == "transformer"
+                is_lean = lean and stage.component in ("transformer", "vae")
+                if (is_float8, is_lean) == (float8, lean):
+                    with one_block_of_each_kind(pipe.transformer):
+                        peak = measure_peak(stage.run, models[stage.component])
+                else:
+                    peak = stage_plan.peaks[is_float8, is_lean]
+                stage_plan.peaks[float8, lean] = peak
 
     choices = []
     for setting in SETTINGS:
-        on_gpu = (float8_weights if setting.float8 else plain_weights)[setting.offload]
-        for tiling in (False, True) if pipe.vae is not None else (False,):
-            peaks = {}
-            for stage in stage_plans:
-                is_lean = (setting.float8 and stage.component == "transformer") or (
-                    tiling and stage.component == "vae"
-                )
-                peaks[stage.name] = on_gpu[stage.name] + (stage.lean if is_lean else stage.plain)
+        for lean in (False, True):
+            peaks = {
+                stage.name: on_gpu[setting.float8][setting.offload][stage.name] + stage.peaks[setting.float8, lean]
+                for stage in stage_plans
+            }
             hungriest = max(peaks, key=peaks.get)
-            choices.append(Choice(setting, tiling, peaks[hungriest], hungriest))
+            choices.append(Choice(setting, lean, peaks[hungriest], hungriest))
     return MemoryPlan(model, type(pipe).__name__, height, width, num_frames, dtype, weights, stage_plans, choices)
 
 
@@ -595,7 +630,7 @@ def choose(plan: MemoryPlan, vram: float) -> Choice:
     needed = leanest.peak / GIB + RESERVED_GIB
     raise ValueError(
         f"No setting makes {plan.height}x{plan.width}, {plan.num_frames} frames, fit into {vram:g} GiB: the leanest,"
-        f" {leanest.setting.name}{' and tiling' * leanest.tiling}, needs {needed:.1f} GiB, {needed - vram:.1f} more,"
+        f" {choice_name(leanest.setting, leanest.lean)}, needs {needed:.1f} GiB, {needed - vram:.1f} more,"
         f" in the stage {leanest.stage!r} of {plan.model}. A smaller or shorter video needs less."
     )
 
@@ -620,21 +655,24 @@ def format_plan(plan: MemoryPlan, vram: float) -> str:
         (name, gib(sum(by_dtype.values())), ", ".join(f"{gib(n)} {str(d)[6:]}" for d, n in by_dtype.items()))
         for name, by_dtype in plan.weights.items()
     ]
-    stages = [(stage.name, stage.component, gib(stage.plain), gib(stage.lean)) for stage in plan.stages]
+    stages = [
+        (stage.name, stage.component, *(gib(stage.peaks[False, lean]) for lean in (False, True)))
+        for stage in plan.stages
+    ]
     settings = []
     for setting in SETTINGS:
         choices = [choice for choice in plan.choices if choice.setting == setting]
         fits = [choice.peak <= (vram - RESERVED_GIB) * GIB for choice in choices]
-        verdict = "yes" if fits[0] else "with tiling" if fits[-1] else "no"
-        settings.append((setting.name, gib(choices[0].peak), gib(choices[-1].peak), verdict))
+        verdict = "yes" if fits[0] else LEAN if fits[1] else "no"
+        settings.append((setting.name, *(gib(choice.peak) for choice in choices), verdict))
     total = sum(sum(by_dtype.values()) for by_dtype in plan.weights.values())
     return "\n\n".join(
         (
             f"{plan.model}, {plan.pipeline_name}: {plan.height}x{plan.width}, {plan.num_frames} frames"
             f" ({plan.num_frames / FRAME_RATE:.1f} s), {str(plan.dtype)[6:]}. GiB throughout.",
             format_table(("part", "weights", "of these"), weights),
-            format_table(("stage", "part", "beyond weights", "tiled or float8"), stages),
-            format_table(("setting", "needs", "with tiling", f"fits {vram:g}, {RESERVED_GIB:g} left free"), settings),
+            format_table(("stage", "part", "beyond weights", LEAN), stages),
+            format_table(("setting", "needs", LEAN, f"fits {vram:g}, {RESERVED_GIB:g} left free"), settings),
             f"Weights that are offloaded lie in RAM, {gib(total)} in all.",
         )
     )
@@ -657,7 +695,7 @@ def format_script(plans: list[MemoryPlan], vram: float) -> str:
             lines += ["del pipe  # makes room for the next one"]
         lines += [
             f'pipe = DiffusionPipeline.from_pretrained("{plan.model}", dtype=dtype)',
-            *setting_lines(choice.setting, choice.tiling, plan.dtype),
+            *setting_lines(choice.setting, choice.lean, plan.dtype, "vae" in plan.weights),
         ]
         arguments = f"height={plan.height}, width={plan.width}"
         if plan.pipeline_name == MagiHumanAudioVideoPipeline.__name__:
