@@ -207,8 +207,11 @@ def test_lines_of_every_setting_run_and_change_nothing(setting):
 def test_without_autoencoder_lean_is_chunks_alone(tiny_pipeline_dir):
     pipe = configured_pipeline(str(tiny_pipeline_dir), torch.float32)
     pipe.register_modules(vae=None)
-    plan = plan_pipeline("tiny", pipe, 64, 64, 5)
-    assert {stage.component for stage in plan.stages} == {"text_encoder", "transformer", "audio_vae"}
+    plan = plan_pipeline("tiny", pipe, 1024, 2048, 33)  # of 18432 tokens
+    peaks = {stage.name: stage.peaks for stage in plan.stages}
+    assert peaks.keys() == {"text", "given sound", "denoising step", "decoding sound"}
+    assert peaks["denoising step"][False, True] < 0.7 * peaks["denoising step"][False, False]
+    assert peaks["given sound"][False, True] == peaks["given sound"][False, False]
     lean = plan._replace(choices=[choice for choice in plan.choices if choice.lean])
     assert len(lean.choices) == len(SETTINGS)
     script = format_script([lean], 24)
