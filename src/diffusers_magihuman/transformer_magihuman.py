@@ -964,15 +964,18 @@ class MagiHumanTransformer3DModel(
         video = video.unflatten(3, (layout.height, patch_size[1])).unflatten(2, (layout.num_frames, patch_size[0]))
         video = video.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
-        tokens = [
-            embedder(self.shard_tokens(pad_to_multiple(states, layout.num_shards)))
-            for embedder, states in (
-                (self.video_embedder, video),
-                (self.audio_embedder, audio_hidden_states),
-                (self.text_embedder, encoder_hidden_states),
-            )
-        ]
-        hidden_states = torch.cat(tokens, dim=1).float()
+        # Nothing else holds the tokens of each modality, so their memory is free again when the blocks run.
+        hidden_states = torch.cat(
+            [
+                embedder(self.shard_tokens(pad_to_multiple(states, layout.num_shards)))
+                for embedder, states in (
+                    (self.video_embedder, video),
+                    (self.audio_embedder, audio_hidden_states),
+                    (self.text_embedder, encoder_hidden_states),
+                )
+            ],
+            dim=1,
+        ).float()
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
