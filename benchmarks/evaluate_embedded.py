@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ PARTS = [
     "distilled",
     "image_driven",
     "audio_driven",
+    "image_against_prompt",
+    "audio_against_prompt",
     "upscale",
     "base",
 ]
@@ -243,15 +246,25 @@ def main() -> None:
             large = [world.make_clip(seed, size=256, held_out=True) for seed in range(len(few))]
             values, sheets["_upscale"] = measure_upscale(pipes["upscale"], few, large)
             return values
-        driven_by = {
-            "image_driven": {"image": [clip.frames[0].astype(np.float32) / 255 for clip in few]},
-            "audio_driven": {"audio": [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]},
-        }
-        made = few if part in driven_by else clips
-        videos, voices = generate(pipes.get(part, distilled), made, **driven_by.get(part, {}))
+        images = [clip.frames[0].astype(np.float32) / 255 for clip in few]
+        sounds = [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]
+        # A picture and a sound that the prompt contradicts: those of one clip, and the prompt of the next.
+        others = few[1:] + few[:1]
+        mixed = [
+            replace(seen.scene, voice=heard.scene.voice, syllables=heard.scene.syllables)
+            for seen, heard in zip(few, others, strict=True)
+        ]
+        own = [clip.scene for clip in few]
+        prompts, scenes, given = {
+            "image_driven": (few, own, {"image": images}),
+            "audio_driven": (few, own, {"audio": sounds}),
+            "image_against_prompt": (others, mixed, {"image": images}),
+            "audio_against_prompt": (few, mixed, {"audio": sounds[1:] + sounds[:1]}),
+        }.get(part, (clips, [clip.scene for clip in clips], {}))
+        videos, voices = generate(pipes.get(part, distilled), prompts, **given)
         if part == "distilled":
             sheets[""] = [frames[4:45:8] for frames in videos[:6]]
-        return measure_clips([clip.scene for clip in made], videos, voices, reader)
+        return measure_clips(scenes, videos, voices, reader)
 
     for part in arguments.parts:
         results[part] = {key: round(value, 4) for key, value in measure(part).items()}

@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="output of train_transformer.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
     parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose student goes on")
     parser.add_argument("--critic-steps", type=int, default=3, help="for each of the student's, default: %(default)s")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of the base, default: %(default)s")
     arguments = parser.parse_args()
@@ -85,7 +86,8 @@ def main() -> None:
     cache = load_cache(arguments.data)
     torch.manual_seed(arguments.seed)
     teacher, student, critic = (
-        MagiHumanTransformer3DModel.from_pretrained(arguments.base / "transformer") for _ in range(3)
+        MagiHumanTransformer3DModel.from_pretrained(folder / "transformer")
+        for folder in (arguments.base, arguments.start_from or arguments.base, arguments.base)
     )
     run = Run(arguments, {"student": student, "critic": critic}, betas=(0.0, 0.95))
     teacher = teacher.to(run.device).eval().requires_grad_(False)
@@ -111,7 +113,14 @@ def main() -> None:
 
             if not learns:
                 with run.accelerator.autocast():
-                    loss = flow_matching_loss(critic, *generated, *text, levels)
+                    loss = flow_matching_loss(
+                        critic,
+                        *generated,
+                        *text,
+                        levels,
+                        image_probability=batch.has_frame.float(),
+                        audio_probability=batch.has_sound.float(),
+                    )
                 run.update("critic", loss.loss)
                 continue
 

@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="output of cache_latents.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
     parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
     parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
@@ -120,7 +121,10 @@ def main() -> None:
     # 1. Data and model
     cache = load_cache(arguments.data)
     torch.manual_seed(arguments.seed)
-    run = Run(arguments, {"transformer": make_transformer(cache)})
+    transformer = make_transformer(cache)
+    if arguments.start_from is not None:
+        transformer = MagiHumanTransformer3DModel.from_pretrained(arguments.start_from / "transformer")
+    run = Run(arguments, {"transformer": transformer})
     texts = Texts(arguments.text, run.device)
     projection = Projection.load(arguments.video_vae / "projection.safetensors").to(run.device)
 
