@@ -13,6 +13,7 @@ allocator. The last line of stdout is JSON.
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -36,16 +37,16 @@ from diffusers_magihuman import (
 from diffusers_magihuman.plan import (
     GIB,
     SETTINGS,
+    Setting,
     choice_name,
     choose,
     format_table,
     make_meta_model,
     make_stages,
-    measure_peak,
     models_of,
     plan_call,
+    plan_pipeline,
     published_pipeline,
-    set_lean,
     setting_lines,
     weights_on_gpu,
 )
@@ -56,8 +57,8 @@ FULL = {"256p": ("base", 256, 448), "540p": ("sr_540p", 512, 896), "1080p": ("sr
 SMALL = {"tiny": (4, 3, 8, (128, 192, 9)), "mid": (16, 8, 16, (320, 512, 25))}
 GPUS = (8, 12, 16, 24, 32, 48, 80, 141)
 TOLERANCE = 0.15
-# The other stages of the mid-size models are so small that the scratch memory of CPU libraries, up to 80 MiB, shows.
-# And of an embedding that lies in a file, only the rows that are read become resident.
+# The other stages of the mid-size models are so small that the scratch memory of CPU libraries shows. And of an
+# embedding that lies in a file, only the rows that are read become resident.
 CHECKED_STAGES = ("denoising step", "decoding video")
 CHOICES = [(setting, lean) for setting in SETTINGS for lean in (False, True)]
 
@@ -98,7 +99,6 @@ def make_small_pipeline(heads: int, num_layers: int, channels: int) -> Diffusion
         vae=make_meta_model(lambda: AutoencoderKLMagiHumanTurbo(**vae_config), torch.float32),
         audio_vae=make_meta_model(lambda: AutoencoderOobleck(**audio_config), torch.float32),
     )
-    pipe.vae.tile_sample_min_height, pipe.vae.tile_sample_min_width = 64, 112
     return pipe
 
 
@@ -107,7 +107,9 @@ def make_pipeline(size: str) -> tuple[DiffusionPipeline, tuple[int, int, int]]:
         variant, height, width = FULL[size]
         return published_pipeline(variant, torch.bfloat16), (height, width, 126)
     *shape, video = SMALL[size]
-    return make_small_pipeline(*shape), video
+    pipe = make_small_pipeline(*shape)
+    pipe.vae.tile_sample_min_height, pipe.vae.tile_sample_min_width = video[0] // 2, video[1] // 2
+    return pipe, video
 
 
 @torch.no_grad()
@@ -129,6 +131,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, which would count as resident
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -136,33 +140,36 @@ def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
-def warm_up() -> None:
-    """Has libraries take the memory that they keep, which is none of a model's."""
-    torch.nn.Conv3d(8, 8, 3)(torch.randn(1, 8, 4, 16, 16))
-    torch.nn.Conv1d(8, 8, 3)(torch.randn(1, 8, 512))
-    torch.randn(512, 512) @ torch.randn(512, 512)
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 def run_setting(size: str, device: torch.device, index: int) -> dict:
     """Planned and measured bytes of every stage in a setting, and its seconds."""
     setting, lean = CHOICES[index]
-    planned_pipe, video = make_pipeline(size)
-    if setting.float8:
-        planned_pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, planned_pipe.transformer.dtype)
-    set_lean(planned_pipe, lean)
+    pipe, video = make_pipeline(size)
+    plan = plan_pipeline(size, pipe, *video)  # which leaves a float8 transformer
+    if not setting.float8:
+        pipe, _ = make_pipeline(size)
     # From RAM the next group is fetched on a stream while one runs, from disk each when it runs.
-    stages = list(make_stages(planned_pipe, *video))
-    weights = weights_on_gpu(planned_pipe, stages, 2 if device.type == "cuda" else 1)[setting.offload]
-    models = models_of(planned_pipe)
-    planned = {stage.name: weights[stage.name] + measure_peak(stage.run, models[stage.component]) for stage in stages}
+    num_in_flight = 2 if device.type == "cuda" else 1
+    weights = weights_on_gpu(pipe, list(make_stages(pipe, *video)), num_in_flight)[setting.offload]
+    planned = {stage.name: weights[stage.name] + stage.peaks[setting.float8, lean] for stage in plan.stages}
 
-    warm_up()
+    # Libraries take memory that they keep, their own code too, when they first run: none of a model's.
+    run_stages("tiny", device, setting, lean)
+    reset_peak(device)
+    measured = run_stages(size, device, setting, lean)
+    return {
+        "setting": choice_name(setting, lean),
+        "stages": {name: {"planned": planned[name], **values} for name, values in measured.items()},
+    }
+
+
+@torch.no_grad()
+def run_stages(size: str, device: torch.device, setting: Setting, lean: bool) -> dict[str, dict]:
+    """Measured bytes and seconds of every stage of a pipeline with random weights."""
     baseline = 0 if device.type == "cuda" else resident_bytes("VmRSS")
-    pipe, _ = make_pipeline(size)
+    pipe, video = make_pipeline(size)
     materialise(pipe, device)
     results = {}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder:
         lines = "\n".join(setting_lines(setting, lean, pipe.transformer.dtype))
         if device.type == "cpu":
             lines = lines.replace("cuda", "cpu").replace("use_stream=True", f"offload_to_disk_path={folder!r}")
@@ -174,8 +181,8 @@ def run_setting(size: str, device: torch.device, index: int) -> dict:
                 reset_peak(device)
                 seconds, _ = timed(stage.run, device)
                 peak = max(peak, peak_bytes(device) - baseline)
-            results[stage.name] = {"planned": planned[stage.name], "measured": peak, "seconds": round(seconds, 2)}
-    return {"setting": choice_name(setting, lean), "stages": results}
+            results[stage.name] = {"measured": peak, "seconds": round(seconds, 2)}
+    return results
 
 
 def timed(function: Callable[[], object], device: torch.device) -> tuple[float, object]:

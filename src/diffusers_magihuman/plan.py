@@ -141,14 +141,18 @@ def flash_attention(
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def measure_peak(run: Callable[[], Any], *modules: nn.Module) -> int:
-    """Bytes of tensors that `run` needs at most, beyond the weights that the modules have when it starts."""
+def measure_memory(run: Callable[[], Any], *modules: nn.Module) -> tuple[int, int]:
+    """
+    Bytes of tensors that `run` needs at most, and that it leaves, beyond the weights that the modules have before.
+
+    A module that weight norm is applied to keeps the weight that it computed last.
+    """
     with torch.no_grad(), FlashAttention(), MemoryTracker() as tracker:
         for module in modules:
             tracker.hold([*module.parameters(), *module.buffers()])
         weights = tracker.live
         run()
-    return tracker.peak - weights
+        return tracker.peak - weights, tracker.live - weights
 
 
 # Pipelines on the meta device
@@ -444,7 +448,10 @@ def setting_lines(setting: Setting, lean: bool, dtype: torch.dtype, has_vae: boo
 
 
 class StagePlan(NamedTuple):
-    """Bytes that a stage needs beyond its weights, by whether the transformer is float8 and whether all is lean."""
+    """
+    Bytes that a stage needs beyond the weights, with what those before it leave, by whether the transformer is float8
+    and whether all is lean.
+    """
 
     name: str
     component: str
@@ -521,7 +528,7 @@ def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, 
     dtype = pipe.transformer.dtype
     stages = list(make_stages(pipe, height, width, num_frames))
 
-    on_gpu = {}
+    on_gpu, needed = {}, {}
     stage_plans = [StagePlan(stage.name, stage.component, {}) for stage in stages]
     for float8 in (False, True):
         if float8:
@@ -529,16 +536,18 @@ def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, 
         on_gpu[float8] = weights_on_gpu(pipe, stages)
         for lean in (False, True):
             set_lean(pipe, lean)
+            left = 0
             for stage, stage_plan in zip(stages, stage_plans, strict=True):
-                # Where this stage ignores one of the two, its peak is that without it, measured before.
+                # Where this stage ignores one of the two, it needs what it does without it, measured before.
                 is_float8 = float8 and stage.component == "transformer"
                 is_lean = lean and stage.component in ("transformer", "vae")
-                if (is_float8, is_lean) == (float8, lean):
+                key = stage.name, is_float8, is_lean
+                if key not in needed:
                     with one_block_of_each_kind(pipe.transformer):
-                        peak = measure_peak(stage.run, models[stage.component])
-                else:
-                    peak = stage_plan.peaks[is_float8, is_lean]
-                stage_plan.peaks[float8, lean] = peak
+                        needed[key] = measure_memory(stage.run, models[stage.component])
+                peak, kept = needed[key]
+                stage_plan.peaks[float8, lean] = left + peak
+                left += kept
 
     choices = []
     for setting in SETTINGS:
