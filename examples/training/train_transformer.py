@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--text-dropout", type=float, default=0.1, help="of a batch, default: %(default)s")
+    parser.add_argument("--pure-noise", type=float, default=0.25, help="part of each batch, default: %(default)s")
     arguments = parser.parse_args()
 
     # 1. Data and model
@@ -141,6 +142,8 @@ def main() -> None:
         if rng.random() < arguments.text_dropout:
             embeds, mask = texts.negative.expand(arguments.batch_size, -1, -1), None
         noise_levels = sample_noise_levels(arguments.batch_size, "uniform", arguments.shift, device=run.device)
+        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with.
+        noise_levels[: round(arguments.pure_noise * arguments.batch_size)] = 1.0
         # What moves counts for more: walls and shirts are easily learned, lips are not.
         motion = latents.diff(dim=2, append=latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
         weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True)
