@@ -145,6 +145,17 @@ def test_recipe_learns_and_resumes(name, folder, monkeypatch):
     assert [line[falling] for line in rewritten] == losses
 
 
+@pytest.mark.parametrize("name", ["video_vae", "turbo_vae", "base", "distilled"])
+def test_goes_on_from_an_earlier_run(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    needs(folder, monkeypatch, *NEEDS.get(name, []), name)
+    train(name, f"continued/{name}", f"--start-from runs/{name} --steps 1 --learning-rate 1e-9", monkeypatch)
+    (file,) = RECIPES[name][2]
+    before, after = load_file(folder / "runs" / name / file), load_file(folder / "continued" / name / file)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-7) for key in before)
+
+
 def test_assembled_models_load(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     needs(folder, monkeypatch, "text_encoder", "audio_vae", "video_vae", "turbo_vae", "cache", "base", "distilled")

@@ -23,11 +23,10 @@ the teacher's.
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from make_dataset import load_dataset
 from recipe import Run, make_parser, save_sheet, to_frames, to_tensor
-from train_video_vae import Projection, decode, draw_crops
+from train_video_vae import Projection, decode, detail_weights, draw_crops
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 
@@ -56,6 +55,7 @@ def main() -> None:
     parser = make_parser(__doc__, steps=3000, batch_size=2, learning_rate=1e-3)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="datasets, of falling importance")
     parser.add_argument("--teacher", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose decoder goes on")
     parser.add_argument("--frames", type=int, default=25, help="of a training clip, 4 * k + 1, default: %(default)s")
     parser.add_argument("--crop", type=int, default=96, help="pixels, a multiple of 16, default: %(default)s")
     arguments = parser.parse_args()
@@ -65,6 +65,8 @@ def main() -> None:
     teacher = AutoencoderKLWan.from_pretrained(arguments.teacher / "vae")
     torch.manual_seed(arguments.seed)
     student = make_turbo_vae(teacher)
+    if arguments.start_from is not None:
+        student = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.start_from / "vae")
     run = Run(arguments, {"decoder": student.decoder})
     teacher, student = teacher.to(run.device).eval(), student.to(run.device)
     projection = Projection.load(arguments.teacher / "projection.safetensors").to(run.device)
@@ -78,12 +80,12 @@ def main() -> None:
             with torch.no_grad():
                 target = decode(teacher, latents).clamp(-1, 1)
             decoded = run.models["decoder"](latents, is_first_chunk=True)
-        teacher_loss, true_loss = F.mse_loss(decoded.float(), target), F.mse_loss(decoded.float(), video)
+        teacher_errors, true_errors = ((decoded.float() - wanted).square() for wanted in (target, video))
         run.update(
             "decoder",
-            4 * teacher_loss + 2 * true_loss,
-            psnr_to_teacher=-10 * torch.log10(teacher_loss.detach() / 4),
-            psnr=-10 * torch.log10(true_loss.detach() / 4),
+            (detail_weights(video) * (2 * teacher_errors + true_errors)).mean(),
+            psnr_to_teacher=-10 * torch.log10(teacher_errors.detach().mean() / 4),
+            psnr=-10 * torch.log10(true_errors.detach().mean() / 4),
         )
 
     # 3. Save, and look: true, the teacher's, the student's
