@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoTokenizer, T5GemmaEncoderModel
 
 from diffusers_magihuman import (
@@ -33,6 +34,13 @@ from diffusers_magihuman import (
     MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
 )
+
+
+def load(model_class: type[ModelMixin], folder: Path) -> ModelMixin:
+    """A model in half precision, without the path that it came from in its config."""
+    model = model_class.from_pretrained(folder).half()
+    model.register_to_config(_name_or_path=None)
+    return model
 
 
 def main() -> None:
@@ -51,12 +59,12 @@ def main() -> None:
     common = {
         "tokenizer": AutoTokenizer.from_pretrained(runs / "text_encoder" / "tokenizer"),
         "text_encoder": T5GemmaEncoderModel.from_pretrained(runs / "text_encoder" / "text_encoder", **half),
-        "audio_vae": AutoencoderOobleck.from_pretrained(runs / "audio_vae" / "audio_vae").half(),
+        "audio_vae": load(AutoencoderOobleck, runs / "audio_vae" / "audio_vae"),
     }
-    wan = AutoencoderKLWan.from_pretrained(runs / "video_vae" / "vae").half()
-    turbo = AutoencoderKLMagiHumanTurbo.from_pretrained(runs / "turbo_vae" / "vae").half()
+    wan = load(AutoencoderKLWan, runs / "video_vae" / "vae")
+    turbo = load(AutoencoderKLMagiHumanTurbo, runs / "turbo_vae" / "vae")
     transformers = {
-        name: MagiHumanTransformer3DModel.from_pretrained(runs / name / "transformer").half()
+        name: load(MagiHumanTransformer3DModel, runs / name / "transformer")
         for name in ("base", "distilled", "upscale")
     }
 
@@ -68,7 +76,7 @@ def main() -> None:
             transformer=transformers["base"],
             scheduler=MagiHumanFlowScheduler(),
             vae=wan,
-            default_guidance_scale=2.0,
+            default_guidance_scale=1.5,
             **low,
         ),
         "distilled": MagiHumanAudioVideoPipeline(
