@@ -109,6 +109,21 @@ def test_follows_a_voice(pipe):
     assert np.corrcoef(measure_mouth(frames), clip.mouth[:, 1])[0, 1] > 0.5
 
 
+def test_follows_a_picture_that_the_prompt_contradicts(pipe):
+    clip, other = (world.make_clip(seed, held_out=True) for seed in (4, 5))
+    assert clip.scene.shirt != other.scene.shirt and clip.scene.background != other.scene.background
+    frames, _ = run(pipe, other.prompt, image=clip.frames[0].astype(np.float32) / 255)
+    seen = recognise_look(frames)
+    assert (seen["shirt"], seen["background"]) == (clip.scene.shirt, clip.scene.background)
+
+
+def test_follows_a_voice_that_the_prompt_contradicts(pipe):
+    clip, other = PROMPTS[:2]
+    frames, _ = run(pipe, clip.prompt, audio=(torch.from_numpy(other.voice), world.SAMPLING_RATE))
+    said, heard = (np.corrcoef(measure_mouth(frames), each.mouth[:, 1])[0, 1] for each in (clip, other))
+    assert heard > 0.5 and heard > said
+
+
 def test_command_without_a_model(tmp_path, capsys):
     clip, file = PROMPTS[0], tmp_path / "hello.mp4"
     assert main(["generate", clip.prompt, "-o", str(file), "--seed", "0"]) == 0

@@ -162,6 +162,8 @@ def test_assembled_models_load(folder, monkeypatch, capsys):
     needs(folder, monkeypatch, "upscale")
     run(assemble, "runs models", monkeypatch)
     assert " MB in models" in capsys.readouterr().out
+    configs = (folder / "models").rglob("config.json")
+    assert not any(json.loads(file.read_text()).get("_name_or_path") for file in configs)
     prompt = world.make_clip(0, size=16).prompt
     low = DiffusionPipeline.from_pretrained("models/distilled")(prompt, num_inference_steps=1, output_type="latent")
     upscale = DiffusionPipeline.from_pretrained("models/upscale")
