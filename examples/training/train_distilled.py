@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose student goes on")
     parser.add_argument("--critic-steps", type=int, default=3, help="for each of the student's, default: %(default)s")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="of the base, default: %(default)s")
+    parser.add_argument("--guidance-scale", type=float, default=1.2, help="of the base, default: %(default)s")
     arguments = parser.parse_args()
 
     # 1. Three copies of the base, and the noise levels of the student
