@@ -28,6 +28,8 @@ for size in 128 256; do
         --data data/$size --video-vae runs/video_vae --audio-vae runs/audio_vae --output cache/$size
 done
 recipe base train_transformer 30 --data cache/128 "${text_and_vae[@]}" $compile
-recipe distilled train_distilled 1 --data cache/128 --base runs/base "${text_and_vae[@]}" $compile
+# Few steps: with more of them colours drift.
+recipe distilled train_distilled 1 --data cache/128 --base runs/base "${text_and_vae[@]}" $compile \
+    --steps $((minutes / 6 + 1))
 recipe upscale train_upscale 8 --low cache/128 --high cache/256 "${text_and_vae[@]}" $compile
 python "$recipes/assemble.py" runs models

@@ -72,7 +72,7 @@ def generate(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, steps=400, batch_size=16, learning_rate=1e-4)
+    parser = make_parser(__doc__, steps=60, batch_size=16, learning_rate=5e-5)
     parser.add_argument("--data", type=Path, required=True, help="output of cache_latents.py")
     parser.add_argument("--base", type=Path, required=True, help="output of train_transformer.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
