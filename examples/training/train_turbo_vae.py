@@ -66,7 +66,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     student = make_turbo_vae(teacher)
     if arguments.start_from is not None:
-        student = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.start_from / "vae")
+        # The decoder alone: the encoder is that of this teacher.
+        earlier = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.start_from / "vae")
+        student.decoder.load_state_dict(earlier.decoder.state_dict())
     run = Run(arguments, {"decoder": student.decoder})
     teacher, student = teacher.to(run.device).eval(), student.to(run.device)
     projection = Projection.load(arguments.teacher / "projection.safetensors").to(run.device)
