@@ -172,6 +172,15 @@ def test_assembled_models_load(folder, monkeypatch, capsys):
     assert DiffusionPipeline.from_pretrained("models/base").config.default_num_frames == 49
 
 
+def test_details_weigh_more():
+    video = torch.zeros(1, 3, 2, 16, 16)
+    video[..., 8:] = 1.0
+    weights = train_video_vae.detail_weights(video)
+    assert weights.shape == (1, 1, 2, 16, 16)
+    assert torch.allclose(weights.mean(dim=(2, 3, 4)), torch.tensor(2.0))
+    assert weights[0, 0, 0, 8, 7] > 4 and weights[0, 0, 0, 8, 2] == 1
+
+
 def test_no_dataset_is_an_error(tmp_path):
     with pytest.raises(OSError, match=r"scenes\.jsonl"):
         make_dataset.load_dataset(tmp_path)
