@@ -21,8 +21,8 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from helpers import read_frames, read_header, read_sound
 from make_tiny_pipeline import make_text_encoder, make_wan_vae
-from test_media import read_header, read_sound, read_video
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
 import diffusers_magihuman
@@ -106,7 +106,7 @@ def save_wan(path):
 
 def check_video(path, num_frames, height, width, fps=25):
     assert f"{fps} fps" in read_header(path)
-    video = read_video(path, height, width)
+    video = read_frames(path, height, width)
     assert len(video) == num_frames and video.std() > 1
     return video
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import soundfile
-from test_media import read_header
+from helpers import read_header
 
 
 ROOT = Path(__file__).parents[1]

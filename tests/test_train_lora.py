@@ -14,8 +14,8 @@ import torch
 import train_lora
 import world
 from accelerate import Accelerator
-from conftest import DATA
 from diffusers import DiffusionPipeline
+from golden import DATA
 from make_tiny_pipeline import make_tiny_pipeline
 from safetensors.torch import load_file
 

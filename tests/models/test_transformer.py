@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from conftest import DATA, load_golden, make_golden_transformer
+from golden import DATA, load_golden, make_golden_transformer
+from helpers import make_inputs, make_tiny_model
 from safetensors import safe_open
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
@@ -43,31 +44,6 @@ def golden_bf16_kernel():
 def to_bf16(model, tmp_path):
     model.save_pretrained(tmp_path)
     return MagiHumanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-
-
-def make_tiny_model(**config):
-    return MagiHumanTransformer3DModel(
-        **{
-            "in_channels": 4,
-            "audio_in_channels": 8,
-            "text_in_channels": 24,
-            "num_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "attention_head_dim": 16,
-            "modality_layers": (0, 2),
-            "gelu_layers": (0,),
-        }
-        | config
-    ).eval()
-
-
-def make_inputs(batch_size=1, num_frames=3, audio_length=9, text_length=7):
-    return (
-        torch.randn(batch_size, 4, num_frames, 4, 6),
-        torch.randn(batch_size, audio_length, 8),
-        torch.randn(batch_size, text_length, 24),
-    )
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROMPT, load_golden, load_golden_weights
 from diffusers import AutoencoderKLWan
+from golden import load_golden, load_golden_weights
+from helpers import PROMPT, assert_same, run, upscale
 from layouts import write_external_repositories, write_repositories, write_turbo_vae
-from test_latent_upscale import run as upscale
-from test_pipeline import assert_same, run
 from transformers import T5GemmaEncoderModel
 
 from diffusers_magihuman import (

@@ -6,8 +6,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import PIL.Image
 import pytest
-import test_latent_upscale
-import test_pipeline
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -18,9 +16,9 @@ from diffusers import (
     ParallelConfig,
     TensorParallelConfig,
 )
+from helpers import make_inputs, make_low, make_tiny_model, run, upscale
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline
 from peft import LoraConfig
-from test_transformer import make_inputs, make_tiny_model
 from torch.distributed.tensor import DTensor
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
@@ -48,11 +46,11 @@ def compare_models(inputs=None, parallel_kwargs=None, fuse=False, **config):
     return difference([model(*args, return_dict=False) for args in inputs], expected)
 
 
-def compare_pipelines(module, pipe, *args, **kwargs):
-    """`module` is the tests of a pipeline, whose `run` has small defaults."""
-    expected = module.run(pipe, *args, **kwargs, return_dict=False)
+def compare_pipelines(call, pipe, *args, **kwargs):
+    """`call` is a short call of the pipeline."""
+    expected = call(pipe, *args, **kwargs, return_dict=False)
     enable(pipe.transformer)
-    return difference([module.run(pipe, *args, **kwargs, return_dict=False)], [expected])
+    return difference([call(pipe, *args, **kwargs, return_dict=False)], [expected])
 
 
 def difference(outputs, expected):
@@ -196,21 +194,21 @@ def tensor_parallel():
 
 
 def guidance():
-    return compare_pipelines(test_pipeline, make_tiny_pipeline(), negative_prompt="Blur.")
+    return compare_pipelines(run, make_tiny_pipeline(), negative_prompt="Blur.")
 
 
 def several_prompts():
-    return compare_pipelines(test_pipeline, make_tiny_pipeline(), PROMPTS, negative_prompt=["Blur.", "Wind.", "A"])
+    return compare_pipelines(run, make_tiny_pipeline(), PROMPTS, negative_prompt=["Blur.", "Wind.", "A"])
 
 
 def distilled():
-    return compare_pipelines(test_pipeline, make_tiny_pipeline(is_distilled=True), num_inference_steps=3)
+    return compare_pipelines(run, make_tiny_pipeline(is_distilled=True), num_inference_steps=3)
 
 
 def image_and_sound():
     image = PIL.Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
     sound = np.sin(np.arange(4000) / 9).astype(np.float32), 16000
-    return compare_pipelines(test_pipeline, make_tiny_pipeline(), negative_prompt="Blur.", image=image, audio=sound)
+    return compare_pipelines(run, make_tiny_pipeline(), negative_prompt="Blur.", image=image, audio=sound)
 
 
 def mag_cache():
@@ -218,7 +216,7 @@ def mag_cache():
     pipe, config = make_tiny_pipeline(), MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4))
 
     def run():
-        return test_pipeline.run(pipe, negative_prompt="Blur.", num_inference_steps=4, return_dict=False)
+        return run(pipe, negative_prompt="Blur.", num_inference_steps=4, return_dict=False)
 
     plain = run()
     pipe.transformer.enable_cache(config)
@@ -232,10 +230,10 @@ def mag_cache():
     return difference([run()], [expected])
 
 
-def upscale():
-    prompts, latents = PROMPTS[:2], test_latent_upscale.make_low(2, latent_frames=4, audio_length=13)
+def upscale_pipeline():
+    prompts, latents = PROMPTS[:2], make_low(2, latent_frames=4, audio_length=13)
     kwargs = {"latents": latents[0], "audio_latents": latents[1], "guidance_scale": 3.5, "negative_prompt": "Blur."}
-    return compare_pipelines(test_latent_upscale, make_tiny_upscale_pipeline(), prompts, **kwargs)
+    return compare_pipelines(upscale, make_tiny_upscale_pipeline(), prompts, **kwargs)
 
 
 CASES = [
@@ -256,7 +254,7 @@ CASES = [
     distilled,
     image_and_sound,
     mag_cache,
-    upscale,
+    upscale_pipeline,
 ]
 
 

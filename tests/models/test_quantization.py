@@ -6,7 +6,6 @@ import importlib.util
 import gguf
 import pytest
 import torch
-from conftest import load_golden_weights
 from diffusers import (
     BitsAndBytesConfig,
     DiffusionPipeline,
@@ -15,9 +14,10 @@ from diffusers import (
     QuantoConfig,
     TorchAoConfig,
 )
+from golden import load_golden_weights
+from helpers import make_inputs, make_tiny_model
 from layouts import split
 from peft import LoraConfig
-from test_transformer import make_inputs, make_tiny_model
 from torch import nn
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,

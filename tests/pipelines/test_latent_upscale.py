@@ -6,10 +6,10 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
-from conftest import PROMPT, load_golden, make_golden_transformer
 from diffusers import DiffusionPipeline
+from golden import load_golden, make_golden_transformer
+from helpers import PROMPT, assert_same, make_low, seeded, upscale
 from make_tiny_pipeline import make_transformer, make_turbo_vae, make_wan_vae
-from test_pipeline import assert_same, seeded
 
 from diffusers_magihuman import (
     MagiHumanAudioVideoPipeline,
@@ -25,21 +25,6 @@ from diffusers_magihuman.pipeline_magihuman_latent_upscale import zero_snr_signa
 
 SIZE = {"height": 64, "width": 96}
 CPU = torch.device("cpu")
-
-
-def make_low(batch_size=1, latent_frames=3, audio_length=9):
-    generator = seeded(3)
-    latents = torch.randn(batch_size, 8, latent_frames, 2, 4, generator=generator)
-    return latents, torch.randn(batch_size, audio_length, 8, generator=generator)
-
-
-def run(pipe, prompt=PROMPT, **kwargs):
-    pipe.set_progress_bar_config(disable=True)
-    if "latents" not in kwargs and "video" not in kwargs:
-        latents, audio_latents = make_low()
-        kwargs = {"latents": latents} | ({} if "audio" in kwargs else {"audio_latents": audio_latents}) | kwargs
-    kwargs = {**SIZE, "num_inference_steps": 2, "generator": seeded(), "output_type": "latent"} | kwargs
-    return pipe(prompt, **kwargs)
 
 
 def run_golden(case, monkeypatch):
@@ -124,7 +109,7 @@ def test_batch_equals_single_runs(tiny_upscale_pipeline):
     latents, audio_latents = make_low(batch_size=4)
     generators = [seeded(i) for i in range(4)]
     prompts = ["One.", "Another prompt."]
-    batch = run(
+    batch = upscale(
         tiny_upscale_pipeline,
         prompts,
         latents=latents,
@@ -135,7 +120,7 @@ def test_batch_equals_single_runs(tiny_upscale_pipeline):
     )
     assert batch.frames.shape == (4, 8, 3, 4, 6) and torch.equal(batch.audio, audio_latents)
     for i in range(4):
-        single = run(
+        single = upscale(
             tiny_upscale_pipeline,
             prompts[i // 2],
             latents=latents[i : i + 1],
@@ -149,10 +134,10 @@ def test_batch_equals_single_runs(tiny_upscale_pipeline):
 
 def test_one_video_for_several_prompts(tiny_upscale_pipeline):
     prompts = ["One.", "Another prompt."]
-    batch = run(tiny_upscale_pipeline, prompts, generator=[seeded(), seeded()], output_type="np")
+    batch = upscale(tiny_upscale_pipeline, prompts, generator=[seeded(), seeded()], output_type="np")
     assert len(batch.frames) == len(batch.audio) == 2
     for i, prompt in enumerate(prompts):
-        single = run(tiny_upscale_pipeline, prompt, output_type="np")
+        single = upscale(tiny_upscale_pipeline, prompt, output_type="np")
         assert np.abs(batch.frames[i] - single.frames[0]).max() < 1e-4
         assert np.abs(batch.audio[i] - single.audio[0]).max() < 1e-5
 
@@ -167,45 +152,45 @@ def test_guidance_of_leading_frames(tiny_upscale_pipeline):
             return predict(*args)
 
     pipe = Recording(**tiny_upscale_pipeline.components)
-    run(pipe, negative_prompt="bad", guidance_scale=3.5, num_leading_frames=2)
-    run(pipe, negative_prompt="bad", guidance_scale=1.5, num_leading_frames=1)
-    run(pipe, negative_prompt="bad", guidance_scale=3.5, leading_guidance_scale=4.0)
+    upscale(pipe, negative_prompt="bad", guidance_scale=3.5, num_leading_frames=2)
+    upscale(pipe, negative_prompt="bad", guidance_scale=1.5, num_leading_frames=1)
+    upscale(pipe, negative_prompt="bad", guidance_scale=3.5, leading_guidance_scale=4.0)
     assert scales == [[2.0, 2.0, 3.5]] * 2 + [[1.5, 1.5, 1.5]] * 2 + [[3.5, 3.5, 3.5]] * 2
 
 
 def test_rotary_table_is_computed_once_for_each_branch(tiny_upscale_pipeline):
     calls = []
     hook = tiny_upscale_pipeline.transformer.rope.register_forward_hook(lambda *_: calls.append(1))
-    run(tiny_upscale_pipeline, negative_prompt="bad", guidance_scale=3.5, num_inference_steps=3)
+    upscale(tiny_upscale_pipeline, negative_prompt="bad", guidance_scale=3.5, num_inference_steps=3)
     hook.remove()
     assert len(calls) == 2
 
 
 def test_sound_changes_the_video_and_passes_through(tiny_upscale_pipeline):
     latents, audio_latents = make_low()
-    output = run(tiny_upscale_pipeline, output_type="np")
+    output = upscale(tiny_upscale_pipeline, output_type="np")
     with torch.no_grad():
         assert np.array_equal(output.audio, tiny_upscale_pipeline.decode_audio(audio_latents, "np"))
     assert output.frames.shape == (1, 9, 64, 96, 3)
 
-    other = run(tiny_upscale_pipeline, latents=latents, audio_latents=audio_latents * 2)
-    assert (other.frames - run(tiny_upscale_pipeline).frames).abs().max() > 1e-5
-    silent = run(tiny_upscale_pipeline, latents=latents, output_type="np")
+    other = upscale(tiny_upscale_pipeline, latents=latents, audio_latents=audio_latents * 2)
+    assert (other.frames - upscale(tiny_upscale_pipeline).frames).abs().max() > 1e-5
+    silent = upscale(tiny_upscale_pipeline, latents=latents, output_type="np")
     assert silent.audio is None and silent.frames.shape == output.frames.shape
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt"])
 def test_a_given_waveform_is_returned_as_it_is(output_type, tiny_upscale_pipeline):
     waveform = torch.randn(2, 10000, generator=seeded()).numpy() * 0.1
-    output = run(tiny_upscale_pipeline, audio=(waveform, 44100), output_type=output_type)
+    output = upscale(tiny_upscale_pipeline, audio=(waveform, 44100), output_type=output_type)
     num_samples = 9 * 2048 * 44100 // 51200
     assert output.audio.shape == (1, 2, num_samples)
     sound = np.asarray(output.audio[0])
     assert np.array_equal(sound[:, :10000], waveform) and not sound[:, 10000:].any()
 
-    encoded = run(tiny_upscale_pipeline, audio=(waveform, 44100))
+    encoded = upscale(tiny_upscale_pipeline, audio=(waveform, 44100))
     assert encoded.audio.shape == (1, 9, 8)
-    longer = run(tiny_upscale_pipeline, audio=(np.tile(waveform, 3), 44100), output_type=output_type)
+    longer = upscale(tiny_upscale_pipeline, audio=(np.tile(waveform, 3), 44100), output_type=output_type)
     assert np.array_equal(np.asarray(longer.audio[0]), np.tile(waveform, 3)[:, :num_samples])
 
 
@@ -214,19 +199,19 @@ def test_video_is_encoded_first(tiny_upscale_pipeline, tmp_path):
     pixels = torch.rand(9, 3, 32, 64, generator=seeded())
     with torch.no_grad():
         latents = pipe.encode_video(pixels.transpose(0, 1)[None] * 2 - 1, CPU)
-    expected = run(pipe, latents=latents)
+    expected = upscale(pipe, latents=latents)
     array = pixels.permute(0, 2, 3, 1).numpy()
     for video in (pixels, array, list(array), pixels[None], [pixels], [list(pixels)]):
-        assert_same_frames(run(pipe, video=video), expected)
+        assert_same_frames(upscale(pipe, video=video), expected)
 
     rounded = (array * 255).astype(np.uint8)
     images = [PIL.Image.fromarray(frame) for frame in rounded]
-    assert_same_frames(run(pipe, video=images), run(pipe, video=rounded))
+    assert_same_frames(upscale(pipe, video=images), upscale(pipe, video=rounded))
     export_to_mp4(pixels, tmp_path / "low.mp4")
     frames, rate = read_video(tmp_path / "low.mp4")
     assert rate == 25 and frames.shape == (9, 32, 64, 3)
-    assert_same_frames(run(pipe, video=tmp_path / "low.mp4"), run(pipe, video=frames))
-    two = run(pipe, video=np.stack([array, array[::-1]]))
+    assert_same_frames(upscale(pipe, video=tmp_path / "low.mp4"), upscale(pipe, video=frames))
+    two = upscale(pipe, video=np.stack([array, array[::-1]]))
     assert len(two.frames) == 2 and (two.frames[0] - two.frames[1]).abs().max() > 1e-3
 
 
@@ -239,10 +224,10 @@ def test_image_fixes_the_first_frame(tiny_upscale_pipeline):
     image = PIL.Image.fromarray(np.linspace(0, 255, 96 * 80 * 3).reshape(96, 80, 3).astype(np.uint8))
     with torch.no_grad():
         image_latents = pipe.encode_image([image], 64, 96, CPU)
-    output = run(pipe, image=image)
+    output = upscale(pipe, image=image)
     assert torch.equal(output.frames[:, :, :1], image_latents)
-    assert_same(run(pipe, image_latents=image_latents), output)
-    assert (output.frames - run(pipe).frames)[:, :, 1:].abs().max() > 1e-4
+    assert_same(upscale(pipe, image_latents=image_latents), output)
+    assert (output.frames - upscale(pipe).frames)[:, :, 1:].abs().max() > 1e-4
 
 
 def test_streamed_equals_unstreamed_exactly(tiny_upscale_pipeline):
@@ -251,11 +236,11 @@ def test_streamed_equals_unstreamed_exactly(tiny_upscale_pipeline):
     low = {"latents": latents, "audio_latents": audio_latents, "num_inference_steps": 1}
     windows = []
     handle = tiny_upscale_pipeline.vae.decoder.register_forward_hook(lambda *_: windows.append(1))
-    expected = run(tiny_upscale_pipeline, **low, output_type="np")
+    expected = upscale(tiny_upscale_pipeline, **low, output_type="np")
     num_windows = len(windows) // 2
     assert num_windows > 1
 
-    streamed = run(tiny_upscale_pipeline, **low, output_type="stream")
+    streamed = upscale(tiny_upscale_pipeline, **low, output_type="stream")
     windows.clear()
     assert np.array_equal(streamed.audio, expected.audio)
     for video, frames in zip(streamed.frames, expected.frames, strict=True):
@@ -265,21 +250,21 @@ def test_streamed_equals_unstreamed_exactly(tiny_upscale_pipeline):
         assert len(windows) == num_windows
         windows.clear()
     handle.remove()
-    pil = run(tiny_upscale_pipeline, **low, output_type="pil").frames
+    pil = upscale(tiny_upscale_pipeline, **low, output_type="pil").frames
     assert [len(video) for video in pil] == [45, 45] and pil[0][0].size == (96, 64)
 
 
 def test_stream_needs_windows(tiny_upscale_pipeline):
     pipe = MagiHumanLatentUpscalePipeline(**{**tiny_upscale_pipeline.components, "vae": make_wan_vae()})
-    assert run(pipe, output_type="np").frames.shape == (1, 9, 64, 96, 3)
+    assert upscale(pipe, output_type="np").frames.shape == (1, 9, 64, 96, 3)
     with pytest.raises(ValueError, match=r"`output_type`='stream' needs .* but that is AutoencoderKLWan"):
-        run(pipe, output_type="stream")
+        upscale(pipe, output_type="stream")
 
 
 def test_tiling_gives_the_same_frames(tiny_upscale_pipeline):
-    expected = run(tiny_upscale_pipeline, output_type="np")
+    expected = upscale(tiny_upscale_pipeline, output_type="np")
     tiny_upscale_pipeline.vae.enable_tiling(32, 32)
-    tiled = run(tiny_upscale_pipeline, output_type="np")
+    tiled = upscale(tiny_upscale_pipeline, output_type="np")
     tiny_upscale_pipeline.vae.disable_tiling()
     assert np.abs(tiled.frames - expected.frames).max() < 1e-4
 
@@ -290,9 +275,9 @@ def test_default_size_is_saved(tiny_upscale_pipeline, tmp_path):
     assert index["_class_name"] == "MagiHumanLatentUpscalePipeline" and index["transformer"][0] == "diffusers"
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(loaded, MagiHumanLatentUpscalePipeline)
-    output = run(loaded, height=None, width=None)
+    output = upscale(loaded, height=None, width=None)
     assert output.frames.shape[3:] == (18, 30)  # 288x480
-    assert_same(output, run(tiny_upscale_pipeline, height=None, width=None))
+    assert_same(output, upscale(tiny_upscale_pipeline, height=None, width=None))
 
 
 def test_from_pipe_shares_components_and_keeps_their_dtypes(tiny_pipeline, tiny_upscale_pipeline):
@@ -315,7 +300,7 @@ def test_other_flow_schedulers(scheduler, tiny_upscale_pipeline):
     pipe = MagiHumanLatentUpscalePipeline(**tiny_upscale_pipeline.components)
     arguments = {"shift": 5.0} if "Euler" in scheduler else {}
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **arguments)
-    output, expected = (run(p, num_inference_steps=16) for p in (pipe, tiny_upscale_pipeline))
+    output, expected = (upscale(p, num_inference_steps=16) for p in (pipe, tiny_upscale_pipeline))
     difference = (output.frames - expected.frames).square().mean().sqrt() / expected.frames.square().mean().sqrt()
     assert 0 < difference < 0.3
 
@@ -330,7 +315,9 @@ def test_callback_changes_and_interrupts(tiny_upscale_pipeline):
 
     names = ["latents", "audio_latents", "prompt_embeds", "negative_prompt_embeds"]
     arguments = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
-    output = run(tiny_upscale_pipeline, num_inference_steps=5, guidance_scale=2.0, negative_prompt="bad", **arguments)
+    output = upscale(
+        tiny_upscale_pipeline, num_inference_steps=5, guidance_scale=2.0, negative_prompt="bad", **arguments
+    )
     assert seen == [(0, 999, sorted(names)), (1, 952, sorted(names))]
     assert not output.frames.any() and torch.equal(output.audio, make_low()[1])
 
@@ -403,7 +390,7 @@ def test_bad_input_raises_before_any_model_runs(arguments, message, tiny_upscale
     models = [tiny_upscale_pipeline.text_encoder, tiny_upscale_pipeline.transformer, tiny_upscale_pipeline.vae.encoder]
     handles = [model.register_forward_pre_hook(lambda *_: calls.append(1)) for model in models]
     with pytest.raises(ValueError, match=message):
-        run(tiny_upscale_pipeline, **{"prompt": PROMPT, **arguments})
+        upscale(tiny_upscale_pipeline, **{"prompt": PROMPT, **arguments})
     for handle in handles:
         handle.remove()
     assert not calls
@@ -416,14 +403,14 @@ def test_unreadable_videos_raise(tiny_upscale_pipeline, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     soundfile.write(tmp_path / "sound.wav", np.zeros(8000), 16000)
     with pytest.raises(OSError, match=r"`video` is '.*sound\.wav', which holds no readable video"):
-        run(tiny_upscale_pipeline, video=tmp_path / "sound.wav")
+        upscale(tiny_upscale_pipeline, video=tmp_path / "sound.wav")
     for name in ("broken", "cut"):
         with pytest.raises(OSError, match=rf"`video` is '.*{name}\.mp4', which holds no readable video"):
-            run(tiny_upscale_pipeline, video=tmp_path / f"{name}.mp4")
+            upscale(tiny_upscale_pipeline, video=tmp_path / f"{name}.mp4")
     with pytest.raises(FileNotFoundError, match=r"`video` is '.*missing\.mp4', but there is no such file"):
-        run(tiny_upscale_pipeline, video=str(tmp_path / "missing.mp4"))
+        upscale(tiny_upscale_pipeline, video=str(tmp_path / "missing.mp4"))
     with pytest.raises(ValueError, match="`video` has 30 frames a second, it must have 25"):
-        run(tiny_upscale_pipeline, video=tmp_path / "fast.mp4")
+        upscale(tiny_upscale_pipeline, video=tmp_path / "fast.mp4")
 
 
 @pytest.mark.parametrize(
@@ -439,7 +426,7 @@ def test_unreadable_videos_raise(tiny_upscale_pipeline, tmp_path):
 def test_missing_component_raises(component, arguments, message, tiny_upscale_pipeline):
     pipe = MagiHumanLatentUpscalePipeline(**{**tiny_upscale_pipeline.components, component: None})
     with pytest.raises(ValueError, match=message):
-        run(pipe, **arguments)
+        upscale(pipe, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -451,10 +438,10 @@ def test_decoder_alone_cannot_encode(arguments, tiny_upscale_pipeline):
     calls = []
     handle = pipe.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` needs a `vae` that encodes"):
-        run(pipe, **arguments)
+        upscale(pipe, **arguments)
     handle.remove()
     assert not calls
-    assert run(pipe, output_type="np").frames.shape == (1, 9, 64, 96, 3)
+    assert upscale(pipe, output_type="np").frames.shape == (1, 9, 64, 96, 3)
 
 
 def test_base_transformer_is_refused(tiny_pipeline, tiny_pipeline_dir):
@@ -467,6 +454,6 @@ def test_base_transformer_is_refused(tiny_pipeline, tiny_pipeline_dir):
 
 def test_load_audio_is_what_the_output_has(tiny_upscale_pipeline):
     tone = (np.sin(np.arange(8000) / 9).astype(np.float32), 22050)
-    output = run(tiny_upscale_pipeline, audio=tone, output_type="np")
+    output = upscale(tiny_upscale_pipeline, audio=tone, output_type="np")
     expected = load_audio(tone, 44100).numpy()
     assert np.array_equal(output.audio[0], expected[:, : output.audio.shape[2]])

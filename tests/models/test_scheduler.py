@@ -2,7 +2,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden
+from golden import load_golden
 
 from diffusers_magihuman import MagiHumanFlowScheduler
 

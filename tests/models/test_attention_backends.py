@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
-from test_transformer import make_inputs, make_tiny_model
+from helpers import make_inputs, make_tiny_model
 
 from diffusers_magihuman.transformer_magihuman import CPU_BACKENDS, MASK_BACKENDS, check_attention_backend
 

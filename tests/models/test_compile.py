@@ -5,8 +5,7 @@ Breaks and recompilations are decided before a backend comes into play, so most 
 
 import pytest
 import torch
-from test_pipeline import assert_same, run
-from test_transformer import make_inputs, make_tiny_model
+from helpers import assert_same, make_inputs, make_tiny_model, run
 
 
 LOCAL = {"coordinate_style": "v1", "local_attention_layers": (0, 1)}

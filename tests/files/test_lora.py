@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import load_golden_weights
+from golden import load_golden_weights
 from layouts import split
 from safetensors.torch import save_file
 

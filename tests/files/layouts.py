@@ -4,12 +4,17 @@ import json
 import re
 
 import torch
-from conftest import load_golden_weights
+from golden import load_golden_weights
 from make_tiny_pipeline import make_audio_vae, make_text_encoder, make_turbo_vae, make_wan_vae
 from safetensors.torch import save_file
 from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
-from diffusers_magihuman.checkpoints import turbo_vae_rules
+from diffusers_magihuman import MagiHumanTransformer3DModel
+from diffusers_magihuman.checkpoints import (
+    convert_transformer_state_dict,
+    transformer_config_from_state_dict,
+    turbo_vae_rules,
+)
 
 
 def is_linear(name):
@@ -153,3 +158,21 @@ def write_external_repositories(root):
     keys = ("latent_channels", "decoder_block_out_channels", "decoder_layers_per_block")
     config = {name: turbo.config[name] for name in keys}
     write_turbo_vae(weights, config, root / "GAIR" / "daVinci-MagiHuman" / "turbo_vae")
+
+
+def outputs(model, golden, text_length):
+    with torch.no_grad():
+        return model(
+            golden["in.video_latent"],
+            golden["in.audio_latent"],
+            golden["in.text"][:, :text_length],
+            return_dict=False,
+        )
+
+
+def expected_model(weights, **config):
+    """A float32 model of canonical weights, converted without any file."""
+    config = transformer_config_from_state_dict(weights) | config
+    model = MagiHumanTransformer3DModel(**config).eval()
+    model.load_state_dict(convert_transformer_state_dict(weights, config))
+    return model

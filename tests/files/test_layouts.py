@@ -4,16 +4,26 @@ import json
 
 import pytest
 import torch
-from conftest import load_golden, load_golden_weights
-from layouts import all_bf16, dequantised, fp8, is_linear, mixed, split, write_file, write_repositories, write_shards
+from golden import load_golden, load_golden_weights
+from layouts import (
+    all_bf16,
+    dequantised,
+    expected_model,
+    fp8,
+    is_linear,
+    mixed,
+    outputs,
+    split,
+    write_file,
+    write_repositories,
+    write_shards,
+)
 from safetensors.torch import save_file
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.checkpoints import (
-    convert_transformer_state_dict,
     guess_variant,
     load_original_transformer,
-    transformer_config_from_state_dict,
 )
 
 
@@ -27,24 +37,6 @@ def repositories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base_weights():
     return load_golden_weights("dit_base")
-
-
-def outputs(model, golden, text_length):
-    with torch.no_grad():
-        return model(
-            golden["in.video_latent"],
-            golden["in.audio_latent"],
-            golden["in.text"][:, :text_length],
-            return_dict=False,
-        )
-
-
-def expected_model(weights, **config):
-    """A float32 model of canonical weights, converted without any file."""
-    config = transformer_config_from_state_dict(weights) | config
-    model = MagiHumanTransformer3DModel(**config).eval()
-    model.load_state_dict(convert_transformer_state_dict(weights, config))
-    return model
 
 
 LOSSLESS = [

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import DATA, load_golden, load_golden_weights
 from diffusers import AutoencoderKLWan
+from golden import DATA, load_golden, load_golden_weights
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 from diffusers_magihuman.checkpoints import convert_turbo_vae_state_dict

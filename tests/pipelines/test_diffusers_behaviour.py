@@ -6,16 +6,12 @@ import json
 
 import diffusers
 import pytest
-import test_latent_upscale
-import test_pipeline
 import torch
-from conftest import PROMPT
 from diffusers.training_utils import EMAModel
 from diffusers.utils import constants
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
+from helpers import PROMPT, assert_same, make_inputs, make_tiny_model, run, seeded, upscale
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_turbo_vae
-from test_pipeline import assert_same, seeded
-from test_transformer import make_inputs, make_tiny_model
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowScheduler
 from diffusers_magihuman.transformer_magihuman import MagiHumanAttnProcessor
@@ -35,15 +31,15 @@ def model_and_inputs(request):
 @pytest.fixture(params=["base", "upscale"])
 def pipe_and_run(request):
     """A pipeline that a test may change, and what runs it with guidance for two steps."""
-    make_pipe, module = {
-        "base": (make_tiny_pipeline, test_pipeline),
-        "upscale": (make_tiny_upscale_pipeline, test_latent_upscale),
+    make_pipe, call = {
+        "base": (make_tiny_pipeline, run),
+        "upscale": (make_tiny_upscale_pipeline, upscale),
     }[request.param]
 
-    def run(pipe, prompt=PROMPT, **kwargs):
-        return module.run(pipe, prompt, **{"guidance_scale": 3.0, "negative_prompt": "Blurred.", **kwargs})
+    def run_guided(pipe, prompt=PROMPT, **kwargs):
+        return call(pipe, prompt, **{"guidance_scale": 3.0, "negative_prompt": "Blurred.", **kwargs})
 
-    return make_pipe(), run
+    return make_pipe(), run_guided
 
 
 # Models
@@ -288,10 +284,10 @@ def test_prompts_of_any_length_in_a_batch(pipe_and_run):
 def test_videos_per_prompt(num_prompts, tiny_pipeline):
     prompts = ["One.", "Two words."][:num_prompts]
     seeds = range(2 * num_prompts)
-    output = test_pipeline.run(
+    output = run(
         tiny_pipeline, prompts, num_videos_per_prompt=2, generator=[seeded(seed) for seed in seeds], output_type="pt"
     )
-    expected = test_pipeline.run(
+    expected = run(
         tiny_pipeline,
         [prompt for prompt in prompts for _ in range(2)],
         generator=[seeded(seed) for seed in seeds],

@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import load_golden, load_golden_weights
 from diffusers import DiffusionPipeline
+from golden import load_golden, load_golden_weights
+from helpers import assert_same, run, upscale
 from layouts import all_bf16, all_fp32, fp8, split, write_external_repositories, write_file, write_shards
-from test_latent_upscale import run as upscale
-from test_pipeline import assert_same, run
 
 from diffusers_magihuman import (
     MagiHumanAudioVideoPipeline,

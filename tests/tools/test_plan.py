@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_equal, generate, round_to_float8
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_transformer
-from test_memory import assert_equal, generate, round_to_float8
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.cli import main

@@ -7,8 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from conftest import PROMPT
-from test_media import peak_frequency, read_header, read_sound, read_video
+from helpers import PROMPT, peak_frequency, read_frames, read_header, read_sound
 
 from diffusers_magihuman import export_to_mp4
 from diffusers_magihuman.cli import main
@@ -43,7 +42,7 @@ def test_generate_writes_a_video_that_plays(mode, inputs, tiny_pipeline_dir, tmp
     header = read_header(tmp_path / "out.mp4")
     assert re.search(r"Video: h264 .*yuv420p.* 96x64.* 25 fps", header)
     assert re.search(r"Audio: aac .* 44100 Hz, stereo", header)
-    video, sound = read_video(tmp_path / "out.mp4", 64, 96), read_sound(tmp_path / "out.mp4")
+    video, sound = read_frames(tmp_path / "out.mp4", 64, 96), read_sound(tmp_path / "out.mp4")
     assert len(video) == 25
     assert abs(len(sound) / 44100 - len(video) / 25) <= 1 / 25
     assert np.isfinite(sound).all() and sound.std() > 1e-4 and video.std() > 1
@@ -54,7 +53,7 @@ def test_generate_takes_the_length_of_the_audio(tiny_pipeline_dir, tmp_path):
     soundfile.write(tmp_path / "tone.wav", tone, 44100)
     assert peak_frequency(tone, 44100) == pytest.approx(220, abs=4)
     assert generate(tiny_pipeline_dir, PROMPT, tmp_path / "out.mp4", "--audio", tmp_path / "tone.wav") == 0
-    assert len(read_video(tmp_path / "out.mp4", 64, 96)) == 5  # 7 latents of sound, 1 + 4 frames
+    assert len(read_frames(tmp_path / "out.mp4", 64, 96)) == 5  # 7 latents of sound, 1 + 4 frames
 
 
 def test_same_seed_gives_the_same_file(tiny_pipeline_dir, tmp_path):
@@ -68,13 +67,13 @@ def test_generate_goes_through_an_upscale_pipeline(tiny_pipeline_dir, tiny_upsca
     options = ["--num-frames", 9, "--upscale", tiny_upscale_dir, "--image", portrait]
     assert generate(tiny_pipeline_dir, prompt, tmp_path / "high.mp4", *options) == 0
     assert generate(tiny_pipeline_dir, prompt, tmp_path / "low.mp4", "--num-frames", 9, "--image", portrait) == 0
-    high = read_video(tmp_path / "high.mp4", 288, 480)
+    high = read_frames(tmp_path / "high.mp4", 288, 480)
     assert len(high) == 9
     # The sound is that of the base.
     assert np.array_equal(read_sound(tmp_path / "high.mp4"), read_sound(tmp_path / "low.mp4"))
     options += ["--upscale-height", 64, "--upscale-width", 128]
     assert generate(tiny_pipeline_dir, prompt, tmp_path / "other.mp4", *options) == 0
-    assert len(read_video(tmp_path / "other.mp4", 64, 128)) == 9
+    assert len(read_frames(tmp_path / "other.mp4", 64, 128)) == 9
 
 
 @pytest.mark.parametrize("has_sound", [True, False])
@@ -85,7 +84,7 @@ def test_upscale_writes_a_video_that_plays(has_sound, tiny_upscale_dir, tmp_path
     command = ["upscale", tmp_path / "low.mp4", PROMPT, "--model", tiny_upscale_dir, "--steps", 2, "--seed", 0]
     command = [str(part) for part in [*command, "--height", 64, "--width", 96, "-o", tmp_path / "high.mp4"]]
     assert main(command) == 0
-    assert len(read_video(tmp_path / "high.mp4", 64, 96)) == 9
+    assert len(read_frames(tmp_path / "high.mp4", 64, 96)) == 9
     assert ("Audio: aac" in read_header(tmp_path / "high.mp4")) == has_sound
     if has_sound:
         assert peak_frequency(read_sound(tmp_path / "high.mp4")[:, 0], 44100) == pytest.approx(220, abs=4)

@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
-from conftest import DATA, PROMPT, load_golden, make_golden_transformer
 from diffusers import DiffusionPipeline
+from golden import DATA, load_golden, make_golden_transformer
+from helpers import PROMPT, assert_same, run, seeded
 from make_tiny_pipeline import make_tiny_pipeline, make_turbo_vae
 
 from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanFlowScheduler
@@ -18,23 +19,6 @@ from diffusers_magihuman.pipeline_components import DEFAULT_NEGATIVE_PROMPT, enc
 
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def run(pipe, prompt=PROMPT, **kwargs):
-    pipe.set_progress_bar_config(disable=True)
-    kwargs = {**SIZE, "num_inference_steps": 2, "generator": seeded(), "output_type": "latent"} | kwargs
-    return pipe(prompt, **kwargs)
-
-
-def assert_same(output, expected, tolerance=0.0):
-    for name in ("frames", "audio"):
-        torch.testing.assert_close(
-            torch.as_tensor(output[name]), torch.as_tensor(expected[name]), atol=tolerance, rtol=0, msg=name
-        )
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import PROMPT
 from diffusers import DiffusionPipeline
+from helpers import assert_equal, generate, round_to_float8
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_transformer, make_turbo_vae
 
 from diffusers_magihuman import (
     AutoencoderKLMagiHumanTurbo,
-    MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
 )
 
@@ -24,26 +23,6 @@ GROUPS = {
     "leaf_level": {"offload_type": "leaf_level"},
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def generate(pipe, **arguments):
-    """Frames and sound of a call with guidance, a first frame and a sound, so that every part runs."""
-    generator = torch.Generator().manual_seed(0)
-    arguments = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 2.0} | arguments
-    if isinstance(pipe, MagiHumanLatentUpscalePipeline):
-        arguments["latents"] = torch.randn(1, 8, 3, 1, 2, generator=generator)
-        arguments["audio_latents"] = torch.randn(1, 9, 8, generator=generator)
-    else:
-        arguments["num_frames"] = 9
-        arguments["audio"] = (torch.randn(2, 9 * 2048, generator=generator), 51200)
-    image = torch.rand(3, 32, 64, generator=generator)
-    output = pipe(PROMPT, negative_prompt="blurred", image=image, generator=generator, **arguments)
-    return output.frames, output.audio
-
-
-def assert_equal(output, expected):
-    for value, other in zip(output, expected, strict=True):
-        assert np.array_equal(value, other)
 
 
 def assert_close(output, expected):
@@ -140,14 +119,6 @@ def test_device_map_returns_an_output():
         output = model(*inputs)
     assert type(output) is type(expected)
     assert torch.equal(output.sample, expected.sample) and torch.equal(output.audio_sample, expected.audio_sample)
-
-
-def round_to_float8(model):
-    """The model with the linears of its blocks rounded as float8 storage rounds them."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith("transformer_blocks."):
-            module.weight.data = module.weight.to(torch.float8_e4m3fn).to(module.weight.dtype)
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

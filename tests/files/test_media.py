@@ -16,7 +16,6 @@
 import json
 import os
 import re
-import subprocess
 import weakref
 from fractions import Fraction
 from pathlib import Path
@@ -28,12 +27,13 @@ import pytest
 import scipy
 import soundfile
 import torch
+from golden import DATA
+from helpers import peak_frequency, read_frames, read_header, read_sound, run_ffmpeg
 from safetensors.torch import load_file
 
 from diffusers_magihuman.media import AAC_SAMPLING_RATES, export_to_mp4, load_audio, resample_audio
 
 
-DATA = Path(__file__).parent / "data"
 NUM_FRAMES, HEIGHT, WIDTH = 13, 62, 98  # even, but no multiples of 16
 
 
@@ -45,33 +45,6 @@ def make_frames(num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH):
 
 def make_sine(frequency=440.0, seconds=1.0, rate=44100):
     return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-
-
-def peak_frequency(samples, rate):
-    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
-    return spectrum.argmax() * rate / len(samples)
-
-
-def run_ffmpeg(*arguments):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True).stdout
-
-
-def read_header(path):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stderr
-
-
-def read_video(path, height=HEIGHT, width=WIDTH):
-    """uint8 (num_frames, height, width, 3)"""
-    flags = "accurate_rnd+full_chroma_int+bicubic"
-    video = run_ffmpeg("-i", path, "-sws_flags", flags, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
-    return np.frombuffer(video, np.uint8).reshape(-1, height, width, 3)
-
-
-def read_sound(path):
-    """float32 (num_samples, 2)"""
-    return np.frombuffer(run_ffmpeg("-i", path, "-map", "0:a", "-f", "f32le", "-"), "<f4").reshape(-1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +95,7 @@ def test_index_comes_first(mp4):
 
 
 def test_colours_and_order_survive(mp4):
-    error = read_video(mp4).astype(np.float32) - make_frames() * 255
+    error = read_frames(mp4, HEIGHT, WIDTH).astype(np.float32) - make_frames() * 255
     assert np.abs(error).mean() < 2
     assert np.abs(error.mean(axis=(1, 2))).max() < 2  # of each frame and channel
 

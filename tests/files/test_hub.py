@@ -5,18 +5,16 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import yaml
-from conftest import PROMPT
 from diffusers import AutoencoderKLWan, AutoencoderOobleck
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class, get_relative_imports
+from helpers import PROMPT, ROOT, WITHOUT_PACKAGE, run
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
-from test_pipeline import run
 from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
 from diffusers_magihuman import (
@@ -39,16 +37,7 @@ from diffusers_magihuman.hub import (
 )
 
 
-ROOT = Path(__file__).parents[1]
 # Hides the package, which is installed here, before anything is imported.
-WITHOUT_PACKAGE = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "diffusers_magihuman":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
-"""
 
 
 @pytest.fixture(scope="module")

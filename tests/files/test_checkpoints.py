@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import DATA, load_golden_weights
+from golden import DATA, load_golden_weights
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.checkpoints import convert_transformer_state_dict, transformer_config_from_state_dict

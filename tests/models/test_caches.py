@@ -1,8 +1,6 @@
 """Diffusers' caches of steps through both pipelines, with guidance, whose branches must not mix."""
 
 import pytest
-import test_latent_upscale
-import test_pipeline
 import torch
 from diffusers import (
     FasterCacheConfig,
@@ -12,8 +10,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import SeaCacheConfig
-from test_pipeline import assert_same
-from test_transformer import make_inputs, make_tiny_model
+from helpers import assert_same, make_inputs, make_tiny_model, upscale
 
 
 STEPS = 4
@@ -77,11 +74,9 @@ def make_runner(pipe, is_upscale):
 
     def run():
         calls.clear()
-        module = test_latent_upscale if is_upscale else test_pipeline
+        call = upscale if is_upscale else run
         pipe.transformer.transformer_blocks[1].attn.set_processor(CountingProcessor())
-        output = module.run(
-            pipe, "One.", negative_prompt="Another one.", guidance_scale=3.0, num_inference_steps=STEPS
-        )
+        output = call(pipe, "One.", negative_prompt="Another one.", guidance_scale=3.0, num_inference_steps=STEPS)
         pipe.transformer.transformer_blocks[1].attn.set_processor(processor)
         return output, len(calls)
 

@@ -6,13 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, PROMPT, load_golden, load_golden_weights
+from golden import DATA, load_golden, load_golden_weights
+from helpers import PROMPT, WITHOUT_PACKAGE, run, upscale
 from hub_server import HubServer
-from layouts import dequantised, fp8, write_external_repositories, write_repositories
-from test_hub import WITHOUT_PACKAGE
-from test_latent_upscale import run as upscale
-from test_layouts import expected_model, outputs
-from test_pipeline import run
+from layouts import dequantised, expected_model, fp8, outputs, write_external_repositories, write_repositories
 
 from diffusers_magihuman.hub import write_repository_code
 
