@@ -1,16 +1,4 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """daVinci-MagiHuman as native Diffusers components.
 
 Importing this package registers its classes on `diffusers`, so that `DiffusionPipeline.from_pretrained` finds them,
@@ -27,9 +15,8 @@ from .media import export_to_mp4, load_audio
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
 from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from .pipeline_output import MagiHumanPipelineOutput
-from .quantization import QUANTIZATION_SKIP_MODULES
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
-from .transformer_magihuman import MagiHumanTransformer3DModel
+from .transformer_magihuman import QUANTIZATION_SKIP_MODULES, MagiHumanTransformer3DModel
 
 
 __version__ = "0.1.0.dev0"

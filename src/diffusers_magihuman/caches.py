@@ -1,24 +1,17 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Diffusers' caches of steps, made right for a transformer that runs the branches of guidance one after the other."""
+# SPDX-License-Identifier: Apache-2.0
+"""Diffusers' caches of steps, made right for a transformer that runs the branches of guidance one after the other.
+
+The private names go with changes of Diffusers: those of the two hooks once pyramid attention broadcast and FasterCache
+keep one state for each cache context, as its other caches do; the registry once a model can add its own blocks to it.
+"""
 
 import dataclasses
 from typing import Any
 
 import torch
 import torch.nn as nn
-from diffusers.hooks import FasterCacheConfig, HookRegistry, SeaCacheConfig
+from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, HookRegistry, SeaCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.faster_cache import _FASTER_CACHE_BLOCK_HOOK, FasterCacheBlockHook, FasterCacheBlockState
 from diffusers.hooks.hooks import CacheContext, ModelHook, StateManager
 from diffusers.hooks.pyramid_attention_broadcast import (
@@ -70,9 +63,32 @@ CONTEXT_HOOKS = {
 }
 
 
+def register_block(block_class: type[nn.Module]) -> type[nn.Module]:
+    """Tells the caches that skip blocks where a block, which returns one tensor, has its hidden states."""
+    metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    TransformerBlockRegistry.register(block_class, metadata)
+    return block_class
+
+
 def video_latents(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The latents that SeaCache compares between steps, each `(channels, num_frames, height, width)`."""
     return list((args[0] if args else kwargs["hidden_states"]).unbind())
+
+
+def check_cache(config: Any, is_shared_out: bool) -> None:
+    """Raises a `ValueError` for a cache that cannot work here, or not with the sequence shared out to processes."""
+    if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+        raise ValueError(
+            "`config`=FasterCacheConfig predicts one branch of the guidance from the other inside one batch, but this"
+            " transformer runs them one after the other. Set `is_guidance_distilled=True`, which leaves both branches"
+            " to be computed, or take FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, SeaCacheConfig or"
+            " PyramidAttentionBroadcastConfig."
+        )
+    if isinstance(config, FirstBlockCacheConfig) and is_shared_out:
+        raise ValueError(
+            "`FirstBlockCacheConfig` cannot work with `ContextParallelConfig`: a process would skip steps by its own"
+            " part of the sequence, and others wait for it. Use `MagCacheConfig`."
+        )
 
 
 class MagiHumanCacheMixin(CacheMixin):
@@ -87,15 +103,9 @@ class MagiHumanCacheMixin(CacheMixin):
                 `PyramidAttentionBroadcastConfig`, or `FasterCacheConfig` with `is_guidance_distilled=True`.
 
         Raises:
-            `ValueError`: A cache is enabled already, or this one cannot work here.
+            `ValueError`: A cache is enabled already, or this one cannot work here or with context parallelism.
         """
-        if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
-            raise ValueError(
-                "`config`=FasterCacheConfig predicts one branch of the guidance from the other inside one batch, but"
-                " this transformer runs them one after the other. Set `is_guidance_distilled=True`, which leaves both"
-                " branches to be computed, or take FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig,"
-                " SeaCacheConfig or PyramidAttentionBroadcastConfig."
-            )
+        check_cache(config, is_shared_out=self._num_shards > 1)
         if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
             config = dataclasses.replace(config, raw_vision_callback=video_latents)
         super().enable_cache(config)

@@ -176,6 +176,12 @@ def transformer_config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str
     }
 
 
+def expert_name(target: str, expert: str) -> str:
+    """The modality stands before the layer, `attn.video.to_q`, and after a lone norm, `norm1.video`."""
+    module, _, layer = target.partition(".")
+    return f"{module}{expert}.{layer}" if layer else f"{module}{expert}"
+
+
 def is_split(shapes: Mapping[str, torch.Size]) -> bool:
     return any(".attention.linear_q." in name or ".attention.linear_q_" in name for name in shapes)
 
@@ -251,7 +257,7 @@ def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict
         experts = [f".{expert}" for expert in EXPERTS] if layer in config["modality_layers"] else [""]
         for source, targets in TRANSFORMER_LAYER_TABLE.items():
             names = {
-                f"transformer_blocks.{layer}.{target}{expert}.weight": f"{part}{expert.replace('.', '_')}"
+                f"transformer_blocks.{layer}.{expert_name(target, expert)}.weight": f"{part}{expert.replace('.', '_')}"
                 for expert in experts
                 for target, part in zip(targets, SPLIT_TABLE.get(source, (source,)), strict=True)
             }

@@ -1,60 +1,101 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Several GPUs: which weights tensor parallelism splits, and what neither it nor context parallelism can serve."""
+# SPDX-License-Identifier: Apache-2.0
+"""Several GPUs: how context parallelism shares out the sequence, and tensor parallelism the weights of the blocks.
 
+With context parallelism every process holds a shard, an equal part of the video, of the audio and of the text, each
+padded to a multiple of the number of processes. Attention gathers the whole sequence for a part of the heads.
+"""
+
+import math
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
-from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel
-from diffusers.models._modeling_parallel import ContextParallelModelPlan
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelModelPlan, ContextParallelOutput
+from diffusers.models.attention_dispatch import SeqAllToAllDim
+
+from .caches import check_cache
 
 
-def make_tensor_parallel_plan(
-    num_layers: int, modality_layers: tuple[int, ...], gelu_layers: tuple[int, ...], gated_attention: bool
-) -> dict[str, str | PackedColwiseParallel]:
+CONTEXT_PARALLEL_PLAN: ContextParallelModelPlan = {
+    "shard_tokens": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+    "rope": {
+        0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+    },
+    "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
+
+
+def make_tensor_parallel_plan(transformer_blocks: nn.ModuleList) -> dict[str, str | PackedColwiseParallel]:
     """How each linear of the blocks is split, by its name: heads and inner channels are shared out."""
-    plan = {}
-    for layer in range(num_layers):
-        styles = {
-            "attn.to_q": "colwise",
-            "attn.to_k": "colwise",
-            "attn.to_v": "colwise",
-            "attn.to_out": "rowwise",
-            "ff.linear_in": "colwise" if layer in gelu_layers else PackedColwiseParallel([1, 1]),
-            "ff.linear_out": "rowwise",
-        }
-        if gated_attention:
-            styles["attn.to_gate"] = "colwise"
-        for modality in (".video", ".audio", ".text") if layer in modality_layers else ("",):
-            for path, style in styles.items():
-                plan[f"transformer_blocks.{layer}.{path}{modality}"] = style
+    plan: dict[str, str | PackedColwiseParallel] = {}
+    linears = {
+        name: module
+        for name, module in transformer_blocks.named_modules(prefix="transformer_blocks")
+        if isinstance(module, nn.Linear)
+    }
+    for name, linear in linears.items():
+        parent, _, kind = name.rpartition(".")
+        plan[name] = "rowwise" if kind in ("to_out", "linear_out") else "colwise"
+        if kind == "linear_in" and linear.out_features != linears[f"{parent}.linear_out"].in_features:
+            plan[name] = PackedColwiseParallel([1, 1])  # gate and linear half of a SwiGLU
     return plan
 
 
-def check_divides(name: str, degree: int, num_heads: int, kind: str) -> None:
-    if num_heads % degree != 0:
-        allowed = [size for size in range(1, num_heads + 1) if num_heads % size == 0]
-        raise ValueError(f"`{name}`={degree} must divide the {num_heads} {kind} heads: one of {allowed}.")
+def pad_to_multiple(states: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Adds zeros at the end of dimension 1 until its length is a multiple."""
+    return F.pad(states, [0, 0] * (states.ndim - 2) + [0, -states.shape[1] % multiple])
 
 
-def check_cache_of_shards(config: Any) -> None:
-    if isinstance(config, FirstBlockCacheConfig):
-        raise ValueError(
-            "`FirstBlockCacheConfig` cannot work with `ContextParallelConfig`: a process would skip steps by its own"
-            " part of the sequence, and others wait for it. Use `MagCacheConfig`."
-        )
+def to_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> torch.Tensor:
+    """Pads every modality and orders the sequence (dimension 1) shard by shard."""
+    if num_shards == 1:
+        return states
+    parts = [
+        pad_to_multiple(part, num_shards).unflatten(1, (num_shards, -1))
+        for part in states.split(modality_lengths, dim=1)
+    ]
+    return torch.cat(parts, dim=2).flatten(1, 2)
+
+
+def from_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> torch.Tensor:
+    """Undoes `to_shards`."""
+    shard_lengths = [-(-length // num_shards) for length in modality_lengths]
+    parts = states.unflatten(1, (num_shards, -1)).split(shard_lengths, dim=2)
+    return torch.cat([x.flatten(1, 2)[:, :length] for x, length in zip(parts, modality_lengths, strict=True)], dim=1)
+
+
+def ulysses_group(parallel_config: ParallelConfig | None) -> "dist.ProcessGroup | None":
+    """The processes that share out the sequence, if it is shared out."""
+    if parallel_config is None or parallel_config.context_parallel_config is None:
+        return None
+    # Diffusers keeps the mesh of the processes to itself; a public property there would replace the private name.
+    return parallel_config.context_parallel_config._ulysses_mesh.get_group()
+
+
+def gather_sequence(
+    states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup"
+) -> torch.Tensor:
+    """
+    From a shard of the sequence and all heads to the whole sequence and an equal part of the heads.
+
+    Heads are repeated before they are sent, but only as far as every process needs one.
+    """
+    num_shards, num_heads = group.size(), states.shape[2]
+    if num_heads % num_shards:
+        states = states.repeat_interleave(math.lcm(num_heads, num_shards) // num_heads, dim=2)
+    return from_shards(SeqAllToAllDim.apply(group, states, 2, 1), modality_lengths, num_shards)
+
+
+def gather_heads(
+    states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup"
+) -> torch.Tensor:
+    """Undoes `gather_sequence`."""
+    return SeqAllToAllDim.apply(group, to_shards(states, modality_lengths, group.size()), 1, 2)
 
 
 class MagiHumanParallelMixin:
@@ -82,55 +123,36 @@ class MagiHumanParallelMixin:
                 `ring_degree` is not 1; `tp_degree` does not divide the key and value heads, or comes with fused
                 projections.
         """
-        if isinstance(config, ContextParallelConfig):
-            config = ParallelConfig(context_parallel_config=config)
-        elif isinstance(config, TensorParallelConfig):
-            config = ParallelConfig(tensor_parallel_config=config)
-
-        context_config, tensor_config = config.context_parallel_config, config.tensor_parallel_config
+        context_config = config if isinstance(config, ContextParallelConfig) else None
+        tensor_config = config if isinstance(config, TensorParallelConfig) else None
+        if isinstance(config, ParallelConfig):
+            context_config, tensor_config = config.context_parallel_config, config.tensor_parallel_config
+        degrees = []
         if context_config is not None:
             if context_config.ring_degree > 1:
                 raise ValueError(
                     f"`ring_degree`={context_config.ring_degree} must be 1: ring attention can neither leave out the"
                     " padding of shards nor serve frame-local layers. Use `ulysses_degree`."
                 )
-            check_cache_of_shards(self._cache_config)
-            check_divides(
-                "ulysses_degree", context_config.ulysses_degree, self.config.num_attention_heads, "attention"
-            )
+            check_cache(self._cache_config, is_shared_out=True)
+            degree, num_heads = context_config.ulysses_degree, self.config.num_attention_heads
+            degrees.append(("ulysses_degree", degree, num_heads, "attention"))
         if tensor_config is not None:
-            tp_degree = tensor_config.tp_degree if tensor_config.mesh is None else tensor_config.mesh.size()
-            check_divides("tp_degree", tp_degree, self.config.num_key_value_heads, "key and value")
             if any(block.attn.fused_projections for block in self.transformer_blocks):
                 raise ValueError(
                     "`TensorParallelConfig` cannot split fused projections: call `unfuse_qkv_projections()` first."
                 )
+            degree = tensor_config.tp_degree if tensor_config.mesh is None else tensor_config.mesh.size()
+            degrees.append(("tp_degree", degree, self.config.num_key_value_heads, "key and value"))
+        for name, degree, num_heads, kind in degrees:
+            if num_heads % degree:
+                allowed = [size for size in range(1, num_heads + 1) if num_heads % size == 0]
+                raise ValueError(f"`{name}`={degree} must divide the {num_heads} {kind} heads: one of {allowed}.")
         super().enable_parallelism(config=config, cp_plan=cp_plan)
-
-    def enable_cache(self, config: Any) -> None:
-        """
-        Lets steps reuse what earlier ones computed, see [`~diffusers.CacheMixin.enable_cache`].
-
-        Raises:
-            `ValueError`: `config` is one that cannot work with context parallelism, or unknown.
-        """
-        if self._num_shards > 1:
-            check_cache_of_shards(config)
-        super().enable_cache(config)
-
-    def fuse_qkv_projections(self) -> None:
-        """
-        Joins the projections of every attention layer in one linear, which gives the same result.
-
-        Raises:
-            `ValueError`: Tensor parallelism has split them.
-        """
-        if self._parallel_config is not None and self._parallel_config.tensor_parallel_config is not None:
-            raise ValueError("Projections that `TensorParallelConfig` has split cannot be fused.")
-        super().fuse_qkv_projections()
 
     @property
     def _num_shards(self) -> int:
-        if self._parallel_config is None or self._parallel_config.context_parallel_config is None:
+        config: Any = self._parallel_config
+        if config is None or config.context_parallel_config is None:
             return 1
-        return self._parallel_config.context_parallel_config.ulysses_degree
+        return config.context_parallel_config.ulysses_degree

@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .media import AudioInput, ImageInput, VideoInput, crop_to_aspect, resample_audio
-from .transformer_magihuman import MagiHumanAttentionInputs
 
 
 logger = logging.get_logger(__name__)
@@ -489,7 +488,7 @@ class MagiHumanComponentsMixin:
         negative_text: tuple[torch.Tensor, torch.Tensor | None] | None,
         guidance_scale: float | torch.Tensor,
         audio_guidance_scale: float,
-        attention_inputs: dict[str, MagiHumanAttentionInputs],
+        attention_inputs: dict[str, Any],  # noqa: ARG002
         step_index: int,
         sigma: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -508,10 +507,6 @@ class MagiHumanComponentsMixin:
             if branch is None:
                 continue
             embeds, mask = branch
-            if name not in attention_inputs:
-                attention_inputs[name] = self.transformer.prepare_attention_inputs(
-                    latents, audio_latents, embeds, mask
-                )
             context = {"step_index": step_index, "sigma": sigma, "num_inference_steps": self.num_timesteps}
             with self.transformer.cache_context(name, **context):
                 velocities.append(
@@ -520,7 +515,7 @@ class MagiHumanComponentsMixin:
                         audio_latents,
                         encoder_hidden_states=embeds,
                         attention_kwargs=self.attention_kwargs,
-                        attention_inputs=attention_inputs[name],
+                        encoder_attention_mask=mask,
                         return_dict=False,
                     )
                 )

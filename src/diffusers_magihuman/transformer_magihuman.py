@@ -1,21 +1,9 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The MagiHuman transformer: one stream of video, audio and text tokens, self-attention alone, no timestep.
 
 Notable features:
 
-- the first and last layers ("sandwich") hold their own linears and norms for video, audio and text
+- the first and last layers ("sandwich") hold their own linears and norms, an expert each, for video, audio and text
 - grouped-query attention with a sigmoid gate for every head, and optional frame-local attention
 - rotary positions over time, height and width that put audio and video on one clock
 - the residual stream, norms, embedders, heads and rotary table are float32; linears run in the dtype of the weights
@@ -23,8 +11,7 @@ Notable features:
 
 import copy
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,29 +20,35 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    SeqAllToAllDim,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
 from diffusers.utils import BaseOutput, apply_lora_scale
 
-from .caches import MagiHumanCacheMixin
-from .parallel import MagiHumanParallelMixin, make_tensor_parallel_plan
-from .quantization import QUANTIZATION_SKIP_MODULES, check_quantization_config
+from .caches import MagiHumanCacheMixin, register_block
+from .parallel import (
+    CONTEXT_PARALLEL_PLAN,
+    MagiHumanParallelMixin,
+    gather_heads,
+    gather_sequence,
+    make_tensor_parallel_plan,
+    pad_to_multiple,
+    to_shards,
+    ulysses_group,
+)
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+EXPERTS = ("video", "audio", "text")
+# Small, and what the latents and the text pass through: no quantiser may touch them.
+QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder", "video_proj_out", "audio_proj_out"]
 
 
 @dataclass
@@ -72,11 +65,6 @@ class MagiHumanTransformer3DModelOutput(BaseOutput):
 
     sample: torch.Tensor
     audio_sample: torch.Tensor | None = None  # the default lets accelerate's hooks rebuild an output from its values
-
-
-def pad_to_multiple(states: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Adds zeros at the end of dimension 1 until its length is a multiple."""
-    return F.pad(states, [0, 0] * (states.ndim - 2) + [0, -states.shape[1] % multiple])
 
 
 class SequenceLayout(NamedTuple):
@@ -108,30 +96,23 @@ class SequenceLayout(NamedTuple):
     def shard_lengths(self) -> tuple[int, ...]:
         return tuple(-(-length // self.num_shards) for length in self.modality_lengths)
 
-    def to_shards(self, states: torch.Tensor) -> torch.Tensor:
-        """Pads every modality and orders the sequence (dimension 1) shard by shard."""
-        parts = [
-            pad_to_multiple(part, self.num_shards).unflatten(1, (self.num_shards, length))
-            for part, length in zip(states.split(self.modality_lengths, dim=1), self.shard_lengths, strict=True)
-        ]
-        return torch.cat(parts, dim=2).flatten(1, 2)
-
-    def from_shards(self, states: torch.Tensor) -> torch.Tensor:
-        """Undoes `to_shards`."""
-        parts = states.unflatten(1, (self.num_shards, -1)).split(self.shard_lengths, dim=2)
-        lengths = self.modality_lengths
-        return torch.cat([part.flatten(1, 2)[:, :n] for part, n in zip(parts, lengths, strict=True)], dim=1)
+    def split(self, states: torch.Tensor, num_experts: int = len(EXPERTS)) -> tuple[torch.Tensor, ...]:
+        """Splits the sequence, or the shard of it (dimension 1), into what each expert sees; one expert sees all."""
+        return states.split(self.shard_lengths, dim=1) if num_experts > 1 else (states,)
 
 
-class MagiHumanAttentionInputs(NamedTuple):
-    """What attention needs besides the tokens; it depends on their numbers and on the text mask alone.
+def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Undoes `SequenceLayout.split`."""
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    `rotary_emb` is the table of [`MagiHumanRotaryPosEmbed`], `attention_mask` is boolean of shape
-    `(batch_size, 1, 1, sequence_length)`, or `None` when every token is real.
-    """
 
-    rotary_emb: tuple[torch.Tensor, torch.Tensor]
-    attention_mask: torch.Tensor | None
+def make_experts(make: Callable[[], nn.Module], per_modality: bool) -> nn.Module:
+    """A module for each modality, or one for all of them."""
+    return nn.ModuleDict({name: make() for name in EXPERTS}) if per_modality else make()
+
+
+def experts_of(module: nn.Module) -> list[nn.Module]:
+    return list(module.values()) if isinstance(module, nn.ModuleDict) else [module]
 
 
 class MagiHumanRMSNorm(nn.RMSNorm):
@@ -147,58 +128,6 @@ class MagiHumanFloat32Linear(nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
         return F.linear(hidden_states.float(), self.weight.float(), bias)
-
-
-class ModalityLayer(nn.Module):
-    """Three copies of a layer, one for each modality, each applied to its own slice of the sequence (dimension 1)."""
-
-    def __init__(self, video: nn.Module, audio: nn.Module, text: nn.Module) -> None:
-        super().__init__()
-        self.video = video
-        self.audio = audio
-        self.text = text
-
-    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        video, audio, text = hidden_states.split(layout.shard_lengths, dim=1)
-        return torch.cat([self.video(video), self.audio(audio), self.text(text)], dim=1)
-
-
-class ModalityLinear(ModalityLayer):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(*(nn.Linear(in_features, out_features, bias=False) for _ in range(3)))
-
-
-class ModalityRMSNorm(ModalityLayer):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__(*(MagiHumanRMSNorm(dim, eps=eps) for _ in range(3)))
-
-
-def make_linear(in_features: int, out_features: int, per_modality: bool) -> nn.Module:
-    if per_modality:
-        return ModalityLinear(in_features, out_features)
-    return nn.Linear(in_features, out_features, bias=False)
-
-
-def make_norm(dim: int, eps: float, per_modality: bool) -> nn.Module:
-    return ModalityRMSNorm(dim, eps) if per_modality else MagiHumanRMSNorm(dim, eps=eps)
-
-
-def concatenate_linears(layers: Sequence[nn.Linear]) -> nn.Linear:
-    for layer in layers:
-        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
-            raise ValueError(
-                f"Only plain linears can be fused, but one is a {type(layer)} with a weight of {type(layer.weight)}:"
-                " fuse before quantising, and without a LoRA."
-            )
-    weight = torch.cat([layer.weight for layer in layers])
-    fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-    fused.weight.copy_(weight)
-    return fused
-
-
-def apply_layer(layer: nn.Module, hidden_states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    """Runs a layer that all modalities share, or one that needs to know where each of them lies."""
-    return layer(hidden_states, layout) if isinstance(layer, ModalityLayer) else layer(hidden_states)
 
 
 class MagiHumanRotaryPosEmbed(nn.Module):
@@ -258,7 +187,7 @@ class MagiHumanRotaryPosEmbed(nn.Module):
 
         bands = torch.arange(self.num_bands, dtype=torch.float32, device=device) / self.num_bands
         angles = (coordinates[..., None] * (1.0 / self.theta**bands)).flatten(2)  # (batch, sequence, 3 * bands)
-        angles = layout.to_shards(angles)
+        angles = to_shards(angles, layout.modality_lengths, layout.num_shards)
         return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
@@ -268,37 +197,6 @@ def apply_rotary_emb(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor
     half = cos.shape[-1]
     first, second, rest = hidden_states.split([half, half, hidden_states.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-# Diffusers' attention backends by what they can serve. Others fail there in obscure ways, or silently: some with masks
-# take padding at the end for granted.
-CPU_BACKENDS = ("native", "_native_flash", "_native_math", "flex")
-FLOAT32_BACKENDS = ("native", "_native_efficient", "_native_math", "_native_xla", "flex", "xformers")
-MASK_BACKENDS = (
-    "native",
-    "_native_cudnn",
-    "_native_efficient",
-    "_native_math",
-    "_native_npu",
-    "flex",
-    "flash_varlen_hub",
-    "_flash_3_varlen_hub",
-    "xformers",
-)
-
-
-def check_attention_backend(
-    backend: AttentionBackendName, query: torch.Tensor, attention_mask: torch.Tensor | None
-) -> None:
-    """Raises a `ValueError` if the backend cannot serve the device, the dtype or the mask."""
-    is_on_cpu = query.device.type == "cpu"
-    for is_needed, allowed, case in (
-        (is_on_cpu, CPU_BACKENDS, "on a CPU"),
-        (not is_on_cpu and query.dtype == torch.float32, FLOAT32_BACKENDS, "in float32"),
-        (attention_mask is not None, MASK_BACKENDS, "for texts of different lengths in one batch"),
-    ):
-        if is_needed and backend.value not in allowed:
-            raise ValueError(f"The attention backend '{backend.value}' does not work {case}; take one of {allowed}.")
 
 
 class MagiHumanAttnProcessor:
@@ -315,26 +213,14 @@ class MagiHumanAttnProcessor:
         layout: SequenceLayout,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn.fused_projections:
-            query, key, value, gate = apply_layer(attn.to_qkv, hidden_states, layout).split(attn.projection_dims, -1)
-        else:
-            query, key, value = (apply_layer(to, hidden_states, layout) for to in (attn.to_q, attn.to_k, attn.to_v))
-            gate = apply_layer(attn.to_gate, hidden_states, layout) if attn.is_gated else None
+        experts = attn.experts
+        parts = zip(*(layout.split(states, len(experts)) for states in (hidden_states, *rotary_emb)), strict=True)
+        projected = [expert.project(*part) for expert, part in zip(experts, parts, strict=True)]
+        query, key, value, gate = (join(parts) for parts in zip(*projected, strict=True))
 
-        query = apply_layer(attn.norm_q, query.unflatten(-1, (-1, attn.head_dim)), layout)
-        key = apply_layer(attn.norm_k, key.unflatten(-1, (-1, attn.head_dim)), layout)
-        value = value.unflatten(-1, (-1, attn.head_dim))
-
-        # Norm and rotation are float32; only their result is rounded to the dtype of the values.
-        query = apply_rotary_emb(query, rotary_emb).to(value.dtype)
-        key = apply_rotary_emb(key, rotary_emb).to(value.dtype)
-
-        if layout.num_shards > 1:
-            # Key and value heads are repeated before they are sent only as far as every process needs one.
-            num_repeats = math.lcm(key.shape[2], layout.num_shards) // key.shape[2]
-            key = key.repeat_interleave(num_repeats, dim=2)
-            value = value.repeat_interleave(num_repeats, dim=2)
-            query, key, value = (self._gather_sequence(states, layout) for states in (query, key, value))
+        group = ulysses_group(self._parallel_config)
+        if group is not None:
+            query, key, value = (gather_sequence(x, layout.modality_lengths, group) for x in (query, key, value))
 
         # Few backends group key and value heads themselves, so they are repeated here.
         num_groups = query.shape[2] // key.shape[2]
@@ -346,32 +232,23 @@ class MagiHumanAttnProcessor:
         else:
             attn_output = self._attend_locally(query, key, value, attention_mask, layout, attn.local_attention_frames)
 
-        if layout.num_shards > 1:
-            attn_output = self._gather_heads(attn_output, layout)
+        if group is not None:
+            attn_output = gather_heads(attn_output, layout.modality_lengths, group)
         if attn.is_gated:
             attn_output = attn_output * gate.float().sigmoid()[..., None]
-        return apply_layer(attn.to_out, attn_output.flatten(2).to(hidden_states.dtype), layout)
-
-    def _gather_sequence(self, states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """From a shard of the sequence and all heads to the whole sequence and an equal part of the heads."""
-        return layout.from_shards(SeqAllToAllDim.apply(self._ulysses_group, states, 2, 1))
-
-    def _gather_heads(self, states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """Undoes `_gather_sequence`."""
-        return SeqAllToAllDim.apply(self._ulysses_group, layout.to_shards(states), 1, 2)
-
-    @property
-    def _ulysses_group(self) -> "torch.distributed.ProcessGroup":
-        return self._parallel_config.context_parallel_config._ulysses_mesh.get_group()
+        attn_output = layout.split(attn_output.flatten(2).to(hidden_states.dtype), len(experts))
+        return join([expert.to_out(part) for expert, part in zip(experts, attn_output, strict=True)])
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-        check_attention_backend(backend, query, attention_mask)
-        if backend == AttentionBackendName.XFORMERS and attention_mask is not None:
-            attention_mask = attention_mask[:, 0, 0]  # a boolean mask of four dimensions would be added to the scores
-        return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend)
+        if attention_mask is not None:
+            # Diffusers adds a boolean mask of four dimensions to xformers' scores. Goes, with the private name, once
+            # `_xformers_attention` converts it as it does one of two dimensions.
+            backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+            if backend == AttentionBackendName.XFORMERS:
+                attention_mask = attention_mask[:, 0, 0]
+        return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
 
     def _attend_locally(
         self,
@@ -409,20 +286,22 @@ class MagiHumanAttnProcessor:
         return torch.cat(outputs, dim=1)
 
 
-def drop_fused_projections(_attn: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
+def drop_fused_projections(_module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _: Any) -> None:
     """Leaves fused projections out of what is saved, as the linears that they were made of are there."""
-    for name in [name for name in state_dict if name.startswith(f"{prefix}to_qkv.")]:
-        del state_dict[name]
+    state_dict.pop(f"{prefix}to_qkv.weight", None)
 
 
-class MagiHumanAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
-
-    `fuse_projections` joins query, key, value and gate in one linear, which gives the same result.
+class MagiHumanProjections(nn.Module):
     """
+    The linears and norms of attention for the tokens of one modality, or of all.
 
-    _default_processor_cls = MagiHumanAttnProcessor
-    _available_processors = [MagiHumanAttnProcessor]
+    Args:
+        hidden_size (`int`): Channels of a token.
+        num_attention_heads, num_key_value_heads (`int`): Query heads, and heads of keys and values.
+        head_dim (`int`): Channels of a head.
+        eps (`float`): Epsilon of the norms of queries and keys.
+        is_gated (`bool`): Whether there is a gate for each query head.
+    """
 
     def __init__(
         self,
@@ -432,45 +311,97 @@ class MagiHumanAttention(nn.Module, AttentionModuleMixin):
         head_dim: int,
         eps: float,
         is_gated: bool,
-        per_modality: bool,
-        local_attention_frames: int | None,
     ) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.is_gated = is_gated
-        self.local_attention_frames = local_attention_frames
-        self.use_bias = False
         query_dim, key_value_dim = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        self.head_dim = head_dim
         self.projection_dims = (query_dim, key_value_dim, key_value_dim, num_attention_heads if is_gated else 0)
-
-        self.to_q = make_linear(hidden_size, query_dim, per_modality)
-        self.to_k = make_linear(hidden_size, key_value_dim, per_modality)
-        self.to_v = make_linear(hidden_size, key_value_dim, per_modality)
-        if is_gated:
-            self.to_gate = make_linear(hidden_size, num_attention_heads, per_modality)
-        self.to_out = make_linear(query_dim, hidden_size, per_modality)
-        self.norm_q = make_norm(head_dim, eps, per_modality)
-        self.norm_k = make_norm(head_dim, eps, per_modality)
-        self.set_processor(self._default_processor_cls())
+        self.to_q = nn.Linear(hidden_size, query_dim, bias=False)
+        self.to_k = nn.Linear(hidden_size, key_value_dim, bias=False)
+        self.to_v = nn.Linear(hidden_size, key_value_dim, bias=False)
+        self.to_gate = nn.Linear(hidden_size, num_attention_heads, bias=False) if is_gated else None
+        self.to_out = nn.Linear(query_dim, hidden_size, bias=False)
+        self.norm_q = MagiHumanRMSNorm(head_dim, eps=eps)
+        self.norm_k = MagiHumanRMSNorm(head_dim, eps=eps)
+        self.to_qkv = None  # the linears of query, key, value and gate in one, once they are fused
         self.register_state_dict_post_hook(drop_fused_projections)
 
+    def project(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value `(batch_size, length, heads, head_dim)`, gate `(batch_size, length, heads or 0)`."""
+        if self.to_qkv is not None:
+            query, key, value, gate = self.to_qkv(hidden_states).split(self.projection_dims, dim=-1)
+        else:
+            query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+            gate = hidden_states[..., :0] if self.to_gate is None else self.to_gate(hidden_states)
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        # Norm and rotation are float32; only their result is rounded to the dtype of the values.
+        query = apply_rotary_emb(self.norm_q(query), (cos, sin)).to(value.dtype)
+        key = apply_rotary_emb(self.norm_k(key), (cos, sin)).to(value.dtype)
+        return query, key, value, gate
+
     @torch.no_grad()
+    def fuse(self) -> None:
+        linears = [self.to_q, self.to_k, self.to_v] + ([] if self.to_gate is None else [self.to_gate])
+        for linear in linears:
+            if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+                raise ValueError(
+                    f"Only plain linears can be fused, but one is a {type(linear)} with a weight of"
+                    f" {type(linear.weight)}: fuse before quantising or sharing out weights, and without a LoRA."
+                )
+        weight = torch.cat([linear.weight for linear in linears])
+        self.to_qkv = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+        self.to_qkv.weight.copy_(weight)
+
+
+class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
+    """
+    Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
+
+    In a sandwich block `video`, `audio` and `text` hold the [`MagiHumanProjections`], else the attention itself does.
+    `fuse_projections` joins query, key, value and gate in one linear `to_qkv`, which gives the same result.
+
+    Args:
+        per_modality (`bool`): Whether every modality has projections of its own.
+        local_attention_frames (`int`, *optional*): Frames that a video token sees on either side; all if left out.
+        projections: Arguments of [`MagiHumanProjections`].
+    """
+
+    _default_processor_cls = MagiHumanAttnProcessor
+    _available_processors = [MagiHumanAttnProcessor]
+
+    def __init__(self, per_modality: bool, local_attention_frames: int | None, **projections: Any) -> None:
+        if per_modality:
+            nn.Module.__init__(self)
+            for name in EXPERTS:
+                self.add_module(name, MagiHumanProjections(**projections))
+        else:
+            super().__init__(**projections)
+        self.per_modality = per_modality
+        self.is_gated = projections["is_gated"]
+        self.local_attention_frames = local_attention_frames
+        self.set_processor(self._default_processor_cls())
+
+    @property
+    def experts(self) -> list[MagiHumanProjections]:
+        return [getattr(self, name) for name in EXPERTS] if self.per_modality else [self]
+
     def fuse_projections(self) -> None:
         """
-        Adds `to_qkv`, the linears of query, key, value and gate in one; `unfuse_projections` removes it.
+        Adds `to_qkv`; `unfuse_projections` removes it.
 
         Raises:
-            `ValueError`: The linears are quantised or have a LoRA.
+            `ValueError`: The linears are quantised, shared out to several GPUs or have a LoRA.
         """
-        if self.fused_projections:
-            return
-        layers = [self.to_q, self.to_k, self.to_v] + ([self.to_gate] if self.is_gated else [])
-        if isinstance(self.to_q, ModalityLinear):
-            experts = [[layer.video, layer.audio, layer.text] for layer in layers]
-            self.to_qkv = ModalityLayer(*(concatenate_linears(expert) for expert in zip(*experts, strict=True)))
-        else:
-            self.to_qkv = concatenate_linears(layers)
+        for expert in self.experts:
+            expert.fuse()
         self.fused_projections = True
+
+    def unfuse_projections(self) -> None:
+        for expert in self.experts:
+            expert.to_qkv = None
+        self.fused_projections = False
 
     def forward(
         self,
@@ -511,58 +442,53 @@ class ClampedSwiGLU(ClampedGELU):
 class MagiHumanFeedForward(nn.Module):
     """Two linears around [`ClampedGELU`] (inner size `4 * hidden_size`) or [`ClampedSwiGLU`] (two thirds of that)."""
 
-    def __init__(self, hidden_size: int, use_gelu: bool, per_modality: bool) -> None:
+    def __init__(self, hidden_size: int, use_gelu: bool) -> None:
         super().__init__()
         inner_size = hidden_size * 4 if use_gelu else int(hidden_size * 4 * 2 / 3) // 4 * 4
-        self.linear_in = make_linear(hidden_size, inner_size if use_gelu else 2 * inner_size, per_modality)
+        self.linear_in = nn.Linear(hidden_size, inner_size if use_gelu else 2 * inner_size, bias=False)
         self.act = ClampedGELU() if use_gelu else ClampedSwiGLU()
-        self.linear_out = make_linear(inner_size, hidden_size, per_modality)
+        self.linear_out = nn.Linear(inner_size, hidden_size, bias=False)
         self.chunk_size = None  # tokens at a time, or all of them
 
-    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        linears, parts = [(self.linear_in, self.linear_out)], [hidden_states]
-        if isinstance(self.linear_in, ModalityLayer):
-            linears = zip(self.linear_in.children(), self.linear_out.children(), strict=True)
-            parts = hidden_states.split(layout.shard_lengths, dim=1)
-        outputs = []
-        for (linear_in, linear_out), part in zip(linears, parts, strict=True):
-            for chunk in (part,) if self.chunk_size is None else part.split(self.chunk_size, dim=1):
-                outputs.append(linear_out(self.act(linear_in(chunk)).to(chunk.dtype)))
-        return torch.cat(outputs, dim=1)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        chunks = (hidden_states,) if self.chunk_size is None else hidden_states.split(self.chunk_size, dim=1)
+        return join([self.linear_out(self.act(self.linear_in(chunk)).to(chunk.dtype)) for chunk in chunks])
 
 
+@register_block
 class MagiHumanTransformerBlock(nn.Module):
-    """Attention and feed-forward on a float32 residual stream; `dtype` is what the linears compute in."""
+    """
+    Attention and feed-forward on a float32 residual stream.
+
+    Args:
+        per_modality (`bool`): Whether video, audio and text have norms, projections and a feed-forward of their own.
+        use_gelu (`bool`): Whether the feed-forward is a clamped GELU instead of a clamped SwiGLU.
+        use_post_norm (`bool`): Whether the outputs of attention and feed-forward are normalised too.
+        local_attention_frames (`int`, *optional*): See [`MagiHumanAttention`].
+        projections: Arguments of [`MagiHumanProjections`].
+    """
 
     def __init__(
         self,
-        hidden_size: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
-        eps: float,
-        is_gated: bool,
         per_modality: bool,
         use_gelu: bool,
         use_post_norm: bool,
         local_attention_frames: int | None,
+        **projections: Any,
     ) -> None:
         super().__init__()
-        self.norm1 = make_norm(hidden_size, eps, per_modality)
-        self.attn = MagiHumanAttention(
-            hidden_size,
-            num_attention_heads,
-            num_key_value_heads,
-            head_dim,
-            eps,
-            is_gated,
-            per_modality,
-            local_attention_frames,
-        )
-        self.post_norm1 = make_norm(hidden_size, eps, per_modality) if use_post_norm else nn.Identity()
-        self.norm2 = make_norm(hidden_size, eps, per_modality)
-        self.ff = MagiHumanFeedForward(hidden_size, use_gelu, per_modality)
-        self.post_norm2 = make_norm(hidden_size, eps, per_modality) if use_post_norm else nn.Identity()
+        hidden_size = projections["hidden_size"]
+
+        def make_norm() -> nn.Module:
+            return MagiHumanRMSNorm(hidden_size, eps=projections["eps"])
+
+        make_post_norm = make_norm if use_post_norm else nn.Identity
+        self.norm1 = make_experts(make_norm, per_modality)
+        self.attn = MagiHumanAttention(per_modality, local_attention_frames, **projections)
+        self.post_norm1 = make_experts(make_post_norm, per_modality)
+        self.norm2 = make_experts(make_norm, per_modality)
+        self.ff = make_experts(lambda: MagiHumanFeedForward(hidden_size, use_gelu), per_modality)
+        self.post_norm2 = make_experts(make_post_norm, per_modality)
 
     def forward(
         self,
@@ -572,21 +498,25 @@ class MagiHumanTransformerBlock(nn.Module):
         attention_mask: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        norm_hidden_states = apply_layer(self.norm1, hidden_states, layout).to(dtype)
-        attn_output = self.attn(norm_hidden_states, rotary_emb, layout, attention_mask)
+        """Arguments: see [`MagiHumanTransformer3DModel`]; `dtype` is what the linears compute in."""
+        modules = (self.norm1, self.post_norm1, self.norm2, self.ff, self.post_norm2)
+        experts = list(zip(*(experts_of(module) for module in modules), strict=True))
+
+        parts = layout.split(hidden_states, len(experts))
+        attn_input = join([norm1(part).to(dtype) for (norm1, *_), part in zip(experts, parts, strict=True)])
+        attn_parts = layout.split(self.attn(attn_input, rotary_emb, layout, attention_mask), len(experts))
         # The norm after attention is rounded to the dtype of the linears, the norm after the feed-forward is not.
-        hidden_states = hidden_states + apply_layer(self.post_norm1, attn_output, layout).to(dtype)
-        del attn_output  # the feed-forward needs the most memory
-
-        norm_hidden_states = apply_layer(self.norm2, hidden_states, layout).to(dtype)
-        ff_output = self.ff(norm_hidden_states, layout)
-        return hidden_states + apply_layer(self.post_norm2, ff_output, layout)
-
-
-TransformerBlockRegistry.register(
-    MagiHumanTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
+        parts = [
+            part + post_norm1(attn_part).to(dtype)
+            for (_, post_norm1, *_), part, attn_part in zip(experts, parts, attn_parts, strict=True)
+        ]
+        del attn_input, attn_parts  # the feed-forward needs the most memory
+        return join(
+            [
+                part + post_norm2(ff(norm2(part).to(dtype)))
+                for (*_, norm2, ff, post_norm2), part in zip(experts, parts, strict=True)
+            ]
+        )
 
 
 class MagiHumanTransformer3DModel(
@@ -641,14 +571,7 @@ class MagiHumanTransformer3DModel(
         "audio_norm_out",
     ]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "proj_out"]
-    _cp_plan = {
-        "shard_tokens": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-        "rope": {
-            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
-            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
-        },
-        "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
+    _cp_plan = CONTEXT_PARALLEL_PLAN
 
     @register_to_config
     def __init__(
@@ -692,16 +615,16 @@ class MagiHumanTransformer3DModel(
         self.transformer_blocks = nn.ModuleList(
             [
                 MagiHumanTransformerBlock(
-                    hidden_size,
-                    num_attention_heads,
-                    num_key_value_heads,
-                    attention_head_dim,
-                    norm_eps,
-                    is_gated=gated_attention,
                     per_modality=layer in modality_layers,
                     use_gelu=layer in gelu_layers,
                     use_post_norm=layer in post_norm_layers,
                     local_attention_frames=local_attention_frames if layer in local_attention_layers else None,
+                    hidden_size=hidden_size,
+                    num_attention_heads=num_attention_heads,
+                    num_key_value_heads=num_key_value_heads,
+                    head_dim=attention_head_dim,
+                    eps=norm_eps,
+                    is_gated=gated_attention,
                 )
                 for layer in range(num_layers)
             ]
@@ -715,28 +638,12 @@ class MagiHumanTransformer3DModel(
         # Where the hooks of context parallelism sit: not on linears, which adapters wrap and unwrap.
         self.shard_tokens = nn.Identity()
         self.gather_tokens = nn.Identity()
-        self._tp_plan = make_tensor_parallel_plan(num_layers, modality_layers, gelu_layers, gated_attention)
+        self._tp_plan = make_tensor_parallel_plan(self.transformer_blocks)
 
     @property
     def dtype(self) -> torch.dtype:
         """What the linears of the blocks compute in; of quantised ones the dtype that they were loaded with."""
         return self.config.get("_pre_quantization_dtype") or get_parameter_dtype(self)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "MagiHumanTransformer3DModel":
-        """
-        As [`ModelMixin.from_pretrained`], after a look at `quantization_config`.
-
-        Raises:
-            `ValueError`: `quantization_config` would convert embedders or heads.
-        """
-        if kwargs.get("quantization_config") is not None:
-            check_quantization_config(kwargs["quantization_config"])
-            # Diffusers adds the names of the float32 modules to the list that the caller's config holds.
-            kwargs["quantization_config"] = copy.deepcopy(kwargs["quantization_config"])
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_single_file(
@@ -814,42 +721,18 @@ class MagiHumanTransformer3DModel(
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
         """
-        Adds an adapter for training.
-
-        `target_modules` that name a layer with a linear for each modality, as `"to_q"` does in the first and last
-        blocks, mean its three linears; `"to_q.video"` means one of them.
+        Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`].
 
         Args:
-            adapter_config (`PeftConfig`): For example a `peft.LoraConfig`; it is copied.
+            adapter_config (`PeftConfig`):
+                For example a `peft.LoraConfig`; `target_modules=["to_q"]` means the query projections of every block,
+                in the first and last ones those of each modality, and `"video.to_q"` just those for video there.
             adapter_name (`str`, defaults to `"default"`): Name for `set_adapters` and others.
 
         Raises:
-            `ValueError`: No linear is targeted, or something else; the name is taken; the projections are fused. The
-                model is left as it was.
+            `ValueError`: The projections are fused.
         """
-        from peft import PeftConfig
-        from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-
-        if not isinstance(adapter_config, PeftConfig):
-            raise ValueError(f"`adapter_config` must be a `PeftConfig`, but is a {type(adapter_config).__name__}.")
         self.check_projections_are_unfused()
-        targets = {}
-        for name, module in self.named_modules():
-            if not check_target_module_exists(adapter_config, name):
-                continue
-            if isinstance(module, ModalityLinear):
-                targets |= {f"{name}.{modality}": linear for modality, linear in module.named_children()}
-            else:
-                targets[name] = module
-        others = [name for name, module in targets.items() if not isinstance(module, nn.Linear | BaseTunerLayer)]
-        if others or not targets:
-            raise ValueError(
-                f"`target_modules`={adapter_config.target_modules} of `adapter_config` must target linears of"
-                f" {type(self).__name__}, but match {', '.join(others) or 'nothing'}. Allowed are for example 'to_q',"
-                " 'to_out', 'linear_in', 'to_q.video', 'video_embedder'."
-            )
-        adapter_config = copy.copy(adapter_config)
-        adapter_config.target_modules = set(targets)
         super().add_adapter(adapter_config, adapter_name)
 
     def check_projections_are_unfused(self) -> None:
@@ -857,8 +740,7 @@ class MagiHumanTransformer3DModel(
         Raises:
             `ValueError`: `fuse_qkv_projections` was called: an adapter of `to_q` would not be read.
         """
-        attentions = (module for module in self.modules() if isinstance(module, MagiHumanAttention))
-        if any(attention.fused_projections for attention in attentions):
+        if any(block.attn.fused_projections for block in self.transformer_blocks):
             raise ValueError(
                 "Fused projections would ignore a LoRA: call `transformer.unfuse_qkv_projections()` first."
             )
@@ -877,37 +759,16 @@ class MagiHumanTransformer3DModel(
         """
         if chunk_size < 1:
             raise ValueError(f"`chunk_size`={chunk_size} must be 1 or more.")
-        for block in self.transformer_blocks:
-            block.ff.chunk_size = chunk_size
+        self._set_chunk_size(chunk_size)
 
     def disable_forward_chunking(self) -> None:
         """Undoes `enable_forward_chunking`."""
+        self._set_chunk_size(None)
+
+    def _set_chunk_size(self, chunk_size: int | None) -> None:
         for block in self.transformer_blocks:
-            block.ff.chunk_size = None
-
-    def prepare_attention_inputs(
-        self,
-        hidden_states: torch.Tensor,
-        audio_hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_attention_mask: torch.Tensor | None = None,
-    ) -> MagiHumanAttentionInputs:
-        """
-        Computes what is the same in every step of a generation, for `forward`'s `attention_inputs`.
-
-        No weights are needed, so it may be called while the model is offloaded. The arguments are those of `forward`,
-        of which only shapes, the mask and the device of the video latents count.
-
-        Raises:
-            `ValueError`: A shape that does not fit the config.
-        """
-        layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
-        rotary_emb = self.rope(layout, encoder_attention_mask, hidden_states.device)
-        attention_mask = None
-        if encoder_attention_mask is not None:
-            attention_mask = F.pad(encoder_attention_mask, (layout.video_length + layout.audio_length, 0), value=True)
-            attention_mask = attention_mask[:, None, None]  # (batch, 1, 1, sequence)
-        return MagiHumanAttentionInputs(rotary_emb, attention_mask)
+            for ff in experts_of(block.ff):
+                ff.chunk_size = chunk_size
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -917,7 +778,6 @@ class MagiHumanTransformer3DModel(
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,  # noqa: ARG002 (read by the decorator)
-        attention_inputs: MagiHumanAttentionInputs | None = None,
         return_dict: bool = True,
     ) -> MagiHumanTransformer3DModelOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -929,35 +789,29 @@ class MagiHumanTransformer3DModel(
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, text_length, text_in_channels)`):
                 Text embeddings.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
-                Boolean, true for real tokens. Leave it out when every token is real: then attention needs no mask.
+                Boolean, true for real tokens; padding may stand anywhere. Leave it out when every token is real: then
+                attention needs no mask.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers for this call.
-            attention_inputs (`MagiHumanAttentionInputs`, *optional*):
-                Result of [`~MagiHumanTransformer3DModel.prepare_attention_inputs`] in place of the mask, for calls
-                that share it. Computed if left out.
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`].
 
         Returns:
             [`MagiHumanTransformer3DModelOutput`] or the tuple of its two tensors.
 
         Raises:
-            `ValueError`: A shape does not fit the config; `attention_inputs` of another length, or beside a mask.
+            `ValueError`: A shape does not fit the config.
         """
         layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
         patch_size, dtype = self.config.patch_size, self.dtype
-        if attention_inputs is None:
-            attention_inputs = self.prepare_attention_inputs(
-                hidden_states, audio_hidden_states, encoder_hidden_states, encoder_attention_mask
-            )
-        elif encoder_attention_mask is not None:
-            raise ValueError(
-                "`attention_inputs` hold the mask already, so `encoder_attention_mask` must not be given beside them."
-            )
-        rotary_emb, attention_mask = attention_inputs
-        if rotary_emb[0].shape[1] != sum(layout.shard_lengths):
-            raise ValueError(
-                f"`attention_inputs` were made for {rotary_emb[0].shape[1]} tokens, but there are"
-                f" {sum(layout.shard_lengths)}: {layout}."
-            )
+
+        attention_mask = None
+        if encoder_attention_mask is not None:
+            # Padding goes to the end, where attention kernels for several lengths take it to be.
+            order = encoder_attention_mask.int().argsort(dim=1, descending=True, stable=True)
+            encoder_attention_mask = encoder_attention_mask.gather(1, order)
+            encoder_hidden_states = encoder_hidden_states.gather(1, order[..., None].expand_as(encoder_hidden_states))
+            attention_mask = F.pad(encoder_attention_mask, (layout.video_length + layout.audio_length, 0), value=True)
+            attention_mask = attention_mask[:, None, None]  # (batch, 1, 1, sequence)
+        rotary_emb = self.rope(layout, encoder_attention_mask, hidden_states.device)
 
         # (batch, channels, T, H, W) -> (batch, tokens in the order T H W, values in the order channels, patch)
         video = hidden_states.unflatten(4, (layout.width, patch_size[2]))
@@ -985,7 +839,7 @@ class MagiHumanTransformer3DModel(
             else:
                 hidden_states = block(hidden_states, rotary_emb, layout, attention_mask, dtype)
 
-        video, audio, _ = hidden_states.split(layout.shard_lengths, dim=1)
+        video, audio, _ = layout.split(hidden_states)
         video = self.video_proj_out(self.video_norm_out(video)).float()
         audio = self.audio_proj_out(self.audio_norm_out(audio)).float()
 

@@ -10,7 +10,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import SeaCacheConfig
-from helpers import assert_same, make_inputs, make_tiny_model, upscale
+from helpers import assert_same, make_inputs, make_tiny_model, run, upscale
 
 
 STEPS = 4
@@ -72,7 +72,7 @@ def make_runner(pipe, is_upscale):
             calls.append(1)
             return super().__call__(*args, **kwargs)
 
-    def run():
+    def run_and_count():
         calls.clear()
         call = upscale if is_upscale else run
         pipe.transformer.transformer_blocks[1].attn.set_processor(CountingProcessor())
@@ -80,22 +80,22 @@ def make_runner(pipe, is_upscale):
         pipe.transformer.transformer_blocks[1].attn.set_processor(processor)
         return output, len(calls)
 
-    return run
+    return run_and_count
 
 
 @pytest.mark.parametrize("is_upscale", [False, True])
 @pytest.mark.parametrize("name", CACHES)
 def test_cache_through_a_pipeline(name, is_upscale, request):
     pipe = request.getfixturevalue("tiny_upscale_pipeline" if is_upscale else "tiny_pipeline")
-    run = make_runner(pipe, is_upscale)
-    expected, num_calls = run()
+    run_and_count = make_runner(pipe, is_upscale)
+    expected, num_calls = run_and_count()
     assert num_calls == 2 * STEPS
 
     for make_config, skips in zip(CACHES[name], (False, True), strict=True):
         pipe.transformer.enable_cache(make_config(pipe))
         try:
-            output, num_calls = run()
-            again, _ = run()
+            output, num_calls = run_and_count()
+            again, _ = run_and_count()
         finally:
             pipe.transformer.disable_cache()
         assert_same(again, output)  # nothing is left of the first call
@@ -105,7 +105,7 @@ def test_cache_through_a_pipeline(name, is_upscale, request):
         else:
             assert num_calls == 2 * STEPS
             assert_same(output, expected)
-    output, num_calls = run()
+    output, num_calls = run_and_count()
     assert num_calls == 2 * STEPS
     assert_same(output, expected)
 

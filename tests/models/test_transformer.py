@@ -14,8 +14,9 @@ from diffusers_magihuman.transformer_magihuman import (
     MagiHumanAttnProcessor,
     MagiHumanRotaryPosEmbed,
     SequenceLayout,
-    apply_layer,
     apply_rotary_emb,
+    experts_of,
+    join,
 )
 
 
@@ -84,8 +85,11 @@ def test_golden_bf16(case, fuse, tmp_path):
     # The original merges the local layers' attention out of two rounded softmaxes; one softmax differs by rounding.
     is_exact = fuse and case != "dit_local_attn"
     for output, name in ((outputs.sample, "out.video"), (outputs.audio_sample, "out.audio")):
-        tolerance = 1e-5 if is_exact else info["noise_floor"][name]["max_abs_diff"]
-        torch.testing.assert_close(output, golden[name], atol=tolerance, rtol=0)
+        if is_exact:
+            torch.testing.assert_close(output, golden[name], atol=1e-5, rtol=0)
+        # Two results that are each this far from the exact one.
+        rms = (output - golden[name]).square().mean().sqrt()
+        assert rms <= 2**0.5 * info["noise_floor"][name]["rms_diff"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_golden_bf16_stages(case, layer, tmp_path):
     model = to_bf16(model, tmp_path)
     model.fuse_qkv_projections()
     block = model.transformer_blocks[layer]
-    attn, feed_forward, config = block.attn, block.ff, model.config
+    attn, config = block.attn, model.config
     layout = model._get_layout(*inputs)
     rotary_emb = model.rope(layout, None, torch.device("cpu"))
     stored = {name.split("dbg.")[1]: golden[name][None] for name in golden if name.startswith(f"layers.{layer}.dbg.")}
@@ -117,14 +121,25 @@ def test_golden_bf16_stages(case, layer, tmp_path):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
-    def norm(layer, hidden_states):
-        return apply_layer(layer, hidden_states, layout)
+    def run(modules, hidden_states):
+        """Each expert on its part of the sequence."""
+        parts = layout.split(hidden_states, len(modules))
+        return join([module(part) for module, part in zip(modules, parts, strict=True)])
 
-    check(apply_layer(attn.to_qkv, norm(block.norm1, before).bfloat16(), layout), stored["linear_qkv_out"])
-    query, key, value, gate = stored["linear_qkv_out"].split(attn.projection_dims, -1)
+    def norm(module, hidden_states):
+        return run(experts_of(module), hidden_states)
+
+    def linear(name, hidden_states):
+        return run([getattr(expert, name) for expert in attn.experts], hidden_states)
+
+    def ff_linear(name, hidden_states):
+        return run([getattr(expert, name) for expert in experts_of(block.ff)], hidden_states)
+
+    check(linear("to_qkv", norm(block.norm1, before).bfloat16()), stored["linear_qkv_out"])
+    query, key, value, gate = stored["linear_qkv_out"].split(attn.experts[0].projection_dims, -1)
     query, key, value = (states.unflatten(-1, (-1, config.attention_head_dim)) for states in (query, key, value))
-    check(norm(attn.norm_q, query), stored["q_norm_out"])
-    check(norm(attn.norm_k, key), stored["k_norm_out"])
+    check(linear("norm_q", query), stored["q_norm_out"])
+    check(linear("norm_k", key), stored["k_norm_out"])
     check(apply_rotary_emb(stored["q_norm_out"], rotary_emb), stored["attn_q_rope"])
     check(apply_rotary_emb(stored["k_norm_out"], rotary_emb), stored["attn_k_rope"])
 
@@ -142,16 +157,16 @@ def test_golden_bf16_stages(case, layer, tmp_path):
         gated = gated * gate.float().sigmoid()[..., None]
     check(gated.flatten(2).bfloat16(), stored["linear_proj_in"])
     attention_out = golden[f"layers.{layer}.attention_out"][None]
-    check(apply_layer(attn.to_out, stored["linear_proj_in"], layout), attention_out)
+    check(linear("to_out", stored["linear_proj_in"]), attention_out)
 
     after_attention = before + norm(block.post_norm1, attention_out).bfloat16()
     up = stored["up_gate_proj_out"]
     if layer not in config.gelu_layers:
         up = torch.cat([up[..., 0::2], up[..., 1::2]], dim=-1)
-    check(apply_layer(feed_forward.linear_in, norm(block.norm2, after_attention).bfloat16(), layout), up)
-    check(feed_forward.act(up).bfloat16(), stored["down_proj_in"])
+    check(ff_linear("linear_in", norm(block.norm2, after_attention).bfloat16()), up)
+    check(experts_of(block.ff)[0].act(up).bfloat16(), stored["down_proj_in"])
     mlp_out = golden[f"layers.{layer}.mlp_out"][None]
-    check(apply_layer(feed_forward.linear_out, stored["down_proj_in"], layout).float(), mlp_out)
+    check(ff_linear("linear_out", stored["down_proj_in"]).float(), mlp_out)
     check(after_attention + norm(block.post_norm2, mlp_out), golden[f"layers.{layer}.out"][None])
 
 
@@ -198,28 +213,22 @@ def test_mixed_text_lengths_equal_single_runs(coordinate_style, local_attention_
         torch.testing.assert_close(batch.audio_sample[i : i + 1], single.audio_sample, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("lengths", [None, (7, 3)])
+@pytest.mark.parametrize("coordinate_style", ["v1", "v2"])
 @torch.no_grad()
-def test_prepared_attention_inputs_give_the_same(lengths):
-    model, inputs = make_tiny_model(), make_inputs(batch_size=2)
-    mask = None if lengths is None else torch.arange(7) < torch.tensor(lengths)[:, None]
-    attention_inputs = model.prepare_attention_inputs(*inputs, mask)
-    for states in (inputs, tuple(torch.randn_like(tensor) for tensor in inputs)):
-        output = model(*states, attention_inputs=attention_inputs)
-        expected = model(*states, encoder_attention_mask=mask)
-        assert torch.equal(output.sample, expected.sample)
-        assert torch.equal(output.audio_sample, expected.audio_sample)
-
-
-def test_attention_inputs_that_do_not_fit_raise():
-    model, inputs = make_tiny_model(), make_inputs()
-    attention_inputs = model.prepare_attention_inputs(*inputs)
-    with pytest.raises(ValueError, match="`attention_inputs` were made for 34 tokens, but there are 32"):
-        model(*make_inputs(text_length=5), attention_inputs=attention_inputs)
-    with pytest.raises(ValueError, match="`encoder_attention_mask` must not be given beside them"):
-        model(*inputs, encoder_attention_mask=torch.ones(1, 7, dtype=torch.bool), attention_inputs=attention_inputs)
-    with pytest.raises(ValueError, match="`audio_hidden_states` must have shape"):
-        model.prepare_attention_inputs(inputs[0], inputs[1][..., :7], inputs[2])
+def test_padding_may_stand_anywhere(coordinate_style):
+    model = make_tiny_model(coordinate_style=coordinate_style)
+    video, audio, text = make_inputs(batch_size=3)
+    mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
+    expected = model(video, audio, text, encoder_attention_mask=mask)
+    moved = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 0, 1, 2], [0, 5, 1, 2, 6, 3, 4]])
+    text, mask = text.take_along_dim(moved[..., None], dim=1), mask.take_along_dim(moved, dim=1)
+    masks = []
+    processor = model.transformer_blocks[0].attn.processor
+    processor._attend = lambda *args: masks.append(args[3]) or MagiHumanAttnProcessor._attend(processor, *args)
+    output = model(video, audio, text, encoder_attention_mask=mask)
+    torch.testing.assert_close(output.sample, expected.sample, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output.audio_sample, expected.audio_sample, atol=1e-6, rtol=0)
+    assert (masks[0].int().diff(dim=-1) <= 0).all()  # kernels for several lengths take it that padding is at the end
 
 
 @torch.no_grad()
@@ -377,11 +386,11 @@ def test_fused_projections_are_not_saved_and_can_be_taken_back(tmp_path):
     assert torch.equal(model(*inputs).sample, expected)
 
 
-@pytest.mark.parametrize("layer", ["1.attn.to_q", "0.attn.to_gate.audio"])
+@pytest.mark.parametrize("layer", ["1.attn.to_q", "0.attn.audio.to_gate"])
 def test_projections_with_a_lora_are_not_fused(layer):
     model = make_tiny_model()
     model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=[f"transformer_blocks.{layer}"]))
-    with pytest.raises(ValueError, match=r"one is a <class 'peft.* fuse before quantising, and without a LoRA"):
+    with pytest.raises(ValueError, match=r"one is a <class 'peft.* fuse before quantising .*without a LoRA"):
         model.fuse_qkv_projections()
     assert not model.transformer_blocks[int(layer[0])].attn.fused_projections
 
