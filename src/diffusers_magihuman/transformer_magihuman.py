@@ -323,7 +323,7 @@ class MagiHumanProjections(nn.Module):
         self.to_out = nn.Linear(query_dim, hidden_size, bias=False)
         self.norm_q = MagiHumanRMSNorm(head_dim, eps=eps)
         self.norm_k = MagiHumanRMSNorm(head_dim, eps=eps)
-        self.to_qkv = None  # the linears of query, key, value and gate in one, once they are fused
+        self.to_qkv = None  # `make_fused`, once the projections are fused
         self.register_state_dict_post_hook(drop_fused_projections)
 
     def project(
@@ -342,7 +342,8 @@ class MagiHumanProjections(nn.Module):
         return query, key, value, gate
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def make_fused(self) -> nn.Linear:
+        """The linears of query, key, value and gate in one."""
         linears = [self.to_q, self.to_k, self.to_v] + ([] if self.to_gate is None else [self.to_gate])
         for linear in linears:
             if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
@@ -351,8 +352,9 @@ class MagiHumanProjections(nn.Module):
                     f" {type(linear.weight)}: fuse before quantising or sharing out weights, and without a LoRA."
                 )
         weight = torch.cat([linear.weight for linear in linears])
-        self.to_qkv = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-        self.to_qkv.weight.copy_(weight)
+        fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+        fused.weight.copy_(weight)
+        return fused
 
 
 class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
@@ -394,8 +396,8 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
         Raises:
             `ValueError`: The linears are quantised, shared out to several GPUs or have a LoRA.
         """
-        for expert in self.experts:
-            expert.fuse()
+        for expert, fused in [(expert, expert.make_fused()) for expert in self.experts]:
+            expert.to_qkv = fused
         self.fused_projections = True
 
     def unfuse_projections(self) -> None:

@@ -392,7 +392,8 @@ def test_projections_with_a_lora_are_not_fused(layer):
     model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=[f"transformer_blocks.{layer}"]))
     with pytest.raises(ValueError, match=r"one is a <class 'peft.* fuse before quantising .*without a LoRA"):
         model.fuse_qkv_projections()
-    assert not model.transformer_blocks[int(layer[0])].attn.fused_projections
+    attn = model.transformer_blocks[int(layer[0])].attn
+    assert not attn.fused_projections and all(expert.to_qkv is None for expert in attn.experts)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
