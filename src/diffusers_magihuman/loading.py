@@ -163,7 +163,8 @@ def fetch_transformer(source: str | os.PathLike[str], subfolder: str | None, var
     if found is None:  # the source itself is the transformer; of a repository nothing but files of standard names
         names_at_root = ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*"]
         found = fetch(source, names_at_root, **hub_kwargs)
-        if not found.exists():
+        has_some = any(found.glob("*.safetensors")) or any((found / name).is_dir() for name in names)
+        if not found.is_file() and not has_some:
             raise OSError(
                 f"{os.fspath(source)!r} has none of the folders {folders}; `subfolder` may name another, or a file."
             )

@@ -196,7 +196,11 @@ def test_wrong_files_raise(kind, error, message, base_weights, tmp_path):
 
 def test_nothing_to_open_raises(tmp_path, base_weights):
     (tmp_path / "base").mkdir()
-    with pytest.raises(OSError, match=r"must hold one index or one .safetensors file, but holds \[\]"):
+    with pytest.raises(OSError, match=r"has none of the folders \['base'\]"):
+        load_original_transformer(tmp_path / "base")
+    for name in ("one", "two"):
+        save_file({"x": torch.zeros(1)}, tmp_path / "base" / f"{name}.safetensors")
+    with pytest.raises(OSError, match="must hold one index or one"):
         load_original_transformer(tmp_path / "base")
     with pytest.raises(OSError, match=r"'./missing' is neither a path that exists nor a repository"):
         load_original_transformer("./missing", variant="base")

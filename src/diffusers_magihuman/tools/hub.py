@@ -59,9 +59,9 @@ def write_repository_code(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{str(index)!r} names no pipeline: {error!r}.") from error
     if pipeline not in PIPELINES:
         raise ValueError(f"{str(folder)!r} holds a {pipeline}, allowed are {', '.join(PIPELINES)}.")
-    first = PACKAGE / f"{PIPELINES[pipeline]}.py"
     # On the Hub, Diffusers follows the sources' imports by this very function.
-    sources = {Path(file) for file in [first, *get_relative_import_files(first)]}
+    first = [PACKAGE / f"{module}.py" for module in (PIPELINES[pipeline], *COMPONENTS.values())]
+    sources = {Path(file) for source in first for file in (source, *get_relative_import_files(source))}
     for source in sources:
         shutil.copyfile(source, index.with_name(source.name))
     write_file(index.with_name("pipeline.py"), make_pipeline_file(pipeline, {source.stem for source in sources}))
