@@ -1,73 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published checkpoints: the names under which the functions of other modules are known. Nothing imports this file."""
+"""Published checkpoints, from the original's names to ours: all about them in one place to import from.
 
-from .conversion import (
-    EXPERTS,
-    FP8_SCALE,
-    ROPE_BANDS,
-    UPSCALE_SIZES,
-    VARIANTS,
-    Rule,
-    apply_rules,
-    check_names_and_shapes,
-    check_variant,
-    convert_tensors,
-    convert_transformer_state_dict,
-    guess_variant,
-    plan_transformer,
-    transformer_config_from_shapes,
-    transformer_config_from_state_dict,
-    transformer_rules,
-    variant_config,
-)
-from .loading import (
-    AUDIO_VAE,
-    ORIGINAL,
-    TEXT_ENCODER,
-    VIDEO_VAE,
-    LazyTensors,
-    convert_turbo_vae_state_dict,
-    fetch,
-    load_original_components,
-    load_original_transformer,
-    load_original_turbo_vae,
-    load_text_encoder,
-    open_checkpoint,
-    turbo_vae_rules,
-)
-from .tools.convert import convert_checkpoint
+A face of other modules: `conversion` has the table, `loading` opens and loads, `tools.convert` writes repositories.
+Nothing in the package imports it.
+"""
 
-
-__all__ = [
-    "AUDIO_VAE",
-    "EXPERTS",
-    "FP8_SCALE",
-    "ORIGINAL",
-    "ROPE_BANDS",
-    "TEXT_ENCODER",
-    "UPSCALE_SIZES",
-    "VARIANTS",
-    "VIDEO_VAE",
-    "LazyTensors",
-    "Rule",
-    "apply_rules",
-    "check_names_and_shapes",
-    "check_variant",
-    "convert_checkpoint",
-    "convert_tensors",
-    "convert_transformer_state_dict",
-    "convert_turbo_vae_state_dict",
-    "fetch",
-    "guess_variant",
-    "load_original_components",
-    "load_original_transformer",
-    "load_original_turbo_vae",
-    "load_text_encoder",
-    "open_checkpoint",
-    "plan_transformer",
-    "transformer_config_from_shapes",
-    "transformer_config_from_state_dict",
-    "transformer_rules",
-    "turbo_vae_rules",
-    "variant_config",
-]
+from .conversion import *  # noqa: F403
+from .loading import *  # noqa: F403
+from .tools.convert import convert_checkpoint  # noqa: F401

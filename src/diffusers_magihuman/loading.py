@@ -299,18 +299,18 @@ def read_turbo_vae(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     files = [path] if path.is_file() else sorted([*path.glob("*.ckpt"), *path.glob("*.safetensors")])
     if len(files) != 1:
         raise OSError(f"{str(path)!r} must hold one .ckpt or .safetensors file, but holds {[f.name for f in files]}.")
-    known = AutoencoderKLMagiHumanTurbo._get_init_keys(AutoencoderKLMagiHumanTurbo)
-    config = {}
+    published: dict[str, Any] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            config |= {name: value for name, value in json.loads(file.read_text()).items() if name in known}
-        except (ValueError, AttributeError) as error:
+            published |= json.loads(file.read_text())
+        except (ValueError, TypeError) as error:
             raise OSError(f"{str(file)!r} is no config: {error}") from error
+    config, _, _ = AutoencoderKLMagiHumanTurbo.extract_init_dict(published)  # less the keys of its training
 
     is_pickle = files[0].suffix != ".safetensors"
     weights = read_pickle(files[0]) if is_pickle else dict(open_checkpoint(files[0]))
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return config, {f"decoder.{name.removeprefix('decoder.')}": tensor for name, tensor in weights.items()}
+    names = {name: name.removeprefix("module.").removeprefix("decoder.") for name in weights}
+    return config, {f"decoder.{names[name]}": tensor for name, tensor in weights.items()}
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -425,9 +425,5 @@ def load_part(
     model_class: type[ModelMixin], path_or_repo: str | os.PathLike[str], dtype: torch.dtype, **hub_kwargs: Any
 ) -> ModelMixin:
     """An autoencoder out of a repository's folder `vae`, or out of a local directory that is the autoencoder."""
-    return model_class.from_pretrained(fetch_part(path_or_repo, **hub_kwargs), dtype=dtype)
-
-
-def fetch_part(path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     root = fetch(path_or_repo, ["vae/*"], **hub_kwargs)
-    return root if (root / "config.json").is_file() else root / "vae"
+    return model_class.from_pretrained(root if (root / "config.json").is_file() else root / "vae", dtype=dtype)
