@@ -381,7 +381,7 @@ def load_original_components(
     Args:
         path_or_repo (`str` or `os.PathLike`): The transformer, see [`load_original_transformer`].
         variant (`str`, *optional*): `"base"`, `"distill"`, `"sr_540p"` or `"sr_1080p"`.
-        dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the sound autoencoder, which is float32.
+        dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the audio autoencoder, which is float32.
         subfolder (`str`, *optional*): Where the transformer is, if not in the published folder of the variant.
         text_encoder, audio_vae, video_vae (`str` or `os.PathLike`): Directories or repositories of the other parts.
         turbo_vae (`str` or `os.PathLike`, *optional*):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..conversion import (
-    UPSCALE_SIZES,
-    Rule,
-    check_variant,
-    convert_tensors,
-    guess_variant,
-    plan_transformer,
-)
+from ..conversion import UPSCALE_SIZES, Rule, check_variant, convert_tensors, guess_variant, plan_transformer
 from ..loading import (
     LazyTensors,
     fetch_transformer,
@@ -108,7 +100,8 @@ def convert_checkpoint(
         write_shards(tensors, rules, dtype, folder / "transformer", "diffusion_pytorch_model", max_shard_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "NOTICE.md").write_text(make_licence_note(), encoding="utf-8")
-        (folder / "model_index.json").write_text(json.dumps(make_index(folder, variant), indent=2) + "\n")
+        index = make_index(folder, variant, turbo_vae)
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         write_repository_code(folder)
         folder.rename(output)
     except BaseException:
@@ -118,12 +111,7 @@ def convert_checkpoint(
 
 
 def write_shards(
-    source: LazyTensors,
-    rules: dict[str, Rule],
-    dtype: torch.dtype,
-    folder: Path,
-    stem: str,
-    max_shard_size: int | str,
+    source: LazyTensors, rules: dict[str, Rule], dtype: torch.dtype, folder: Path, stem: str, max_shard_size: int | str
 ) -> None:
     """Converts tensors and writes them to safetensors files of at most `max_shard_size` each."""
     described = {
@@ -134,37 +122,29 @@ def write_shards(
     split = split_torch_state_dict_into_shards(
         described, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
     )
-    total = split.metadata["total_size"]
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024) as progress:
-        tensors = count_bytes(convert_tensors(source, rules, dtype), progress)
+    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, unit_divisor=1024) as progress:
+        tensors = convert_tensors(source, rules, dtype)
         waiting: dict[str, torch.Tensor] = {}
         for file, names in split.filename_to_tensors.items():
             while not waiting.keys() >= set(names):
-                waiting |= [next(tensors)]
+                name, waiting[name] = next(tensors)
+                progress.update(waiting[name].nbytes)
             save_file({name: waiting.pop(name) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def count_bytes(tensors: Iterator[tuple[str, torch.Tensor]], progress: tqdm) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        progress.update(tensor.nbytes)
-        yield name, tensor
-
-
-def make_index(folder: Path, variant: str) -> dict[str, Any]:
+def make_index(folder: Path, variant: str, turbo_vae: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The `model_index.json` of the parts that the folder holds."""
     classes = {
         "tokenizer": ("transformers", "GemmaTokenizer"),
         "text_encoder": ("transformers", "T5GemmaEncoderModel"),
         "transformer": ("diffusers", "MagiHumanTransformer3DModel"),
         "scheduler": ("diffusers", "MagiHumanFlowScheduler"),
-        "vae": ("diffusers", "AutoencoderKLWan"),
+        "vae": ("diffusers", "AutoencoderKLWan" if turbo_vae is None else "AutoencoderKLMagiHumanTurbo"),
         "audio_vae": ("diffusers", "AutoencoderOobleck"),
     }
-    if (folder / "vae").is_dir():
-        classes["vae"] = ("diffusers", json.loads((folder / "vae" / "config.json").read_text())["_class_name"])
     index: dict[str, Any] = {"_class_name": "MagiHumanAudioVideoPipeline", "is_distilled": variant == "distill"}
     if variant in UPSCALE_SIZES:
         height, width = UPSCALE_SIZES[variant]

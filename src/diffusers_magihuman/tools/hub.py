@@ -77,14 +77,7 @@ def make_pipeline_file(pipeline: str, sources: set[str]) -> str:
 
 def make_model_card(variant: str, repo_id: str | None = None) -> str:
     """
-    Makes the model card of a variant.
-
-    Args:
-        variant (`str`): One of `CARD_VARIANTS`.
-        repo_id (`str`, *optional*): Repository that the examples load; `owner/magihuman-VARIANT` if left out.
-
-    Returns:
-        `str`: Markdown with metadata.
+    The model card of one of `CARD_VARIANTS`, whose examples load `repo_id`, or else `owner/magihuman-VARIANT`.
 
     Raises:
         `ValueError`: Another variant, or what is no name of a repository.
