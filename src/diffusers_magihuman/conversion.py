@@ -118,7 +118,8 @@ SPLIT_SOURCES = {
 
 def expert_name(target: str, expert: str) -> str:
     """Our module of one modality in a layer with three experts; a layer without has `expert` empty."""
-    return f"{target}.{expert}" if expert else target
+    part, _, inner = target.partition(".")  # the modality stands outside, the layer inside: attn.video.to_q
+    return ".".join(filter(None, (part, expert, inner)))
 
 
 def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict[str, Rule]:
