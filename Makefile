@@ -1,4 +1,4 @@
-.PHONY: style quality cards test bench nano
+.PHONY: style quality test bench nano
 
 sources = src tests examples benchmarks setup.py
 
@@ -9,9 +9,6 @@ style:
 quality:
 	ruff check $(sources)
 	ruff format --check $(sources)
-
-cards:
-	for variant in base distill sr-540p sr-1080p turbo-vae; do magihuman card $$variant -o model_cards/$$variant.md; done
 
 test:
 	python -m pytest

@@ -21,7 +21,7 @@ setup(
     author="The diffusers-magihuman authors",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_magihuman": ["templates/*.md", "embedded_models/*.md", "embedded_models/*/**"]},
+    package_data={"diffusers_magihuman": ["model_cards/*.md", "embedded_models/*.md", "embedded_models/*/**"]},
     python_requires=">=3.10",
     install_requires=[
         "diffusers>=0.41",

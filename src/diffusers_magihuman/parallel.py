@@ -91,9 +91,7 @@ def gather_sequence(
     return from_shards(SeqAllToAllDim.apply(group, states, 2, 1), modality_lengths, num_shards)
 
 
-def gather_heads(
-    states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup"
-) -> torch.Tensor:
+def gather_heads(states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
     """Undoes `gather_sequence`."""
     return SeqAllToAllDim.apply(group, to_shards(states, modality_lengths, group.size()), 1, 2)
 

@@ -9,24 +9,19 @@ Notable features:
 - the residual stream, norms, embedders, heads and rotary table are float32; linears run in the dtype of the weights
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
-from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
 from diffusers.utils import BaseOutput, apply_lora_scale
 
 from .caches import MagiHumanCacheMixin, register_block
@@ -40,6 +35,7 @@ from .parallel import (
     to_shards,
     ulysses_group,
 )
+from .single_file import MagiHumanSingleFileMixin
 
 
 if TYPE_CHECKING:
@@ -527,7 +523,7 @@ class MagiHumanTransformer3DModel(
     ConfigMixin,
     AttentionMixin,
     PeftAdapterMixin,
-    FromOriginalModelMixin,
+    MagiHumanSingleFileMixin,
     MagiHumanCacheMixin,
 ):
     r"""
@@ -646,80 +642,6 @@ class MagiHumanTransformer3DModel(
     def dtype(self) -> torch.dtype:
         """What the linears of the blocks compute in; of quantised ones the dtype that they were loaded with."""
         return self.config.get("_pre_quantization_dtype") or get_parameter_dtype(self)
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | dict[str, torch.Tensor],
-        variant: str | None = None,
-        dtype: torch.dtype | None = None,
-        config: str | None = None,
-        subfolder: str | None = None,
-        quantization_config: GGUFQuantizationConfig | None = None,
-        **kwargs: Any,
-    ) -> "MagiHumanTransformer3DModel":
-        """
-        Loads a checkpoint out of one file: safetensors in any layout of the original, or GGUF; with its names or ours.
-
-        Args:
-            pretrained_model_link_or_path_or_dict (`str` or `dict`): Path, link to the Hub, or tensors by name.
-            variant (`str`, *optional*):
-                `"base"`, `"distill"`, `"sr_540p"` or `"sr_1080p"`, guessed from the path when it names just one.
-            dtype (`torch.dtype`, *optional*):
-                What the linears compute in: bfloat16, or the `compute_dtype` of `quantization_config`. Norms,
-                embedders and heads are float32 whatever the file holds.
-            config (`str`, *optional*):
-                Directory or repository of a config to use; a file with our names needs one, and then no `variant`.
-            subfolder (`str`, *optional*): Directory within `config`, for example `"transformer"`.
-            quantization_config (`GGUFQuantizationConfig`, *optional*): What a GGUF file needs, and no other takes.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like of the download.
-
-        Raises:
-            `ValueError`: The variant cannot be guessed, tensors do not fit, a GGUF file without
-                `quantization_config` or another file with one, or a `dtype` that is not its `compute_dtype`.
-        """
-        checkpoint, path = pretrained_model_link_or_path_or_dict, ""
-        if isinstance(checkpoint, dict):
-            is_gguf = any(hasattr(tensor, "quant_type") for tensor in checkpoint.values())
-        else:
-            path = str(checkpoint)
-            is_gguf = path.endswith(".gguf")
-        if not isinstance(quantization_config, GGUFQuantizationConfig if is_gguf else NoneType):
-            raise ValueError(
-                f"`quantization_config`={quantization_config} must be a `GGUFQuantizationConfig` for a GGUF file, and"
-                f" None for another; {path or 'the dict'} is {'one' if is_gguf else 'none'}. Other quantisers work in"
-                " `from_pretrained`."
-            )
-        if is_gguf and dtype not in (None, quantization_config.compute_dtype):
-            raise ValueError(
-                f"`dtype`={dtype} must be the `compute_dtype` of `quantization_config`,"
-                f" {quantization_config.compute_dtype}."
-            )
-        dtype = dtype or (quantization_config.compute_dtype if is_gguf else torch.bfloat16)
-        if path:
-            checkpoint = load_single_file_checkpoint(path, **kwargs)
-
-        layout = SINGLE_FILE_LOADABLE_CLASSES["MagiHumanTransformer3DModel"]
-        if is_gguf:
-            source = {"original_config": {"path": path}, "variant": variant, "linear_dtype": dtype}
-            if config is not None:
-                checkpoint = layout["checkpoint_mapping_fn"](checkpoint, cls.load_config(config, subfolder=subfolder))
-                source = {"config": config, "subfolder": subfolder}
-            model = super().from_single_file(
-                checkpoint, **source, dtype=dtype, quantization_config=copy.deepcopy(quantization_config)
-            )
-            model.register_to_config(_pre_quantization_dtype=dtype)
-            return model
-
-        # The base class would cast everything to `dtype` after loading, the float32 parts with the rest.
-        if config is None:
-            config = layout["config_mapping_fn"]({"path": path}, checkpoint, variant)
-        else:
-            config = cls.load_config(config, subfolder=subfolder)
-        with torch.device("meta"):
-            model = cls.from_config(config)
-        model.load_state_dict(layout["checkpoint_mapping_fn"](checkpoint, config, dtype), assign=True)
-        return model.eval()
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
         """

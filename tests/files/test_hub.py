@@ -1,7 +1,7 @@
-"""What a published repository holds besides weights: code that cannot drift from the package's, and valid cards."""
+"""Repositories: their code without the package, their cards, and the public calls against a loopback hub."""
 
 import ast
-import os
+import json
 import re
 import subprocess
 import sys
@@ -9,12 +9,13 @@ from types import ModuleType
 
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderKLWan, AutoencoderOobleck
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class, get_relative_imports
-from helpers import PROMPT, ROOT, WITHOUT_PACKAGE, run
+from golden import load_golden
+from helpers import PROMPT, ROOT, WITHOUT_PACKAGE, make_low, run, upscale
+from hub_server import HubServer
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import validate_repo_id
+from layouts import outputs, write_external_repositories, write_repositories
 from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
 from diffusers_magihuman import (
@@ -23,13 +24,10 @@ from diffusers_magihuman import (
     MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
 )
-from diffusers_magihuman.cli import main
-from diffusers_magihuman.hub import (
+from diffusers_magihuman.loading import load_original_transformer
+from diffusers_magihuman.tools.hub import (
     CARD_VARIANTS,
     PIPELINES,
-    REGISTERED,
-    flatten_sources,
-    make_bundle,
     make_licence_note,
     make_model_card,
     make_pipeline_file,
@@ -37,82 +35,72 @@ from diffusers_magihuman.hub import (
 )
 
 
-# Hides the package, which is installed here, before anything is imported.
+@pytest.fixture(scope="module")
+def hub(tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    write_repositories(root)
+    write_external_repositories(root)
+    for name, pipe in (("tiny", tiny_distilled_pipeline), ("tiny-upscale", tiny_upscale_pipeline)):
+        pipe.save_pretrained(root / "magihuman" / name)
+        write_repository_code(root / "magihuman" / name)
+    with HubServer(root) as server:
+        yield server
+
+
+@pytest.fixture
+def downloads(hub):
+    hub.downloads.clear()
+    return hub.downloads
 
 
 @pytest.fixture(scope="module")
-def published(tiny_distilled_pipeline, tmp_path_factory):
-    path = tmp_path_factory.mktemp("published") / "tiny"
-    tiny_distilled_pipeline.save_pretrained(path)
-    write_repository_code(path)
-    return path
+def cache(hub, tmp_path_factory):
+    """Where downloads come from and go to, for calls in this process."""
+    return {"endpoint": hub.endpoint, "cache_dir": tmp_path_factory.mktemp("cache")}
 
 
-def run_script(script, tmp_path, **environment):
-    environment |= {"HF_HOME": str(tmp_path / "home"), "MKL_CBWR": os.environ["MKL_CBWR"]}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-
-
-def load_and_run(source, arguments, output):
-    return f"""
+def run_script(hub, folder, script, **environment):
+    """Runs a script whose hub is the loopback one; `call` in it runs a pipeline, `results` are returned."""
+    latents, audio_latents = make_low()
+    torch.save({"latents": latents, "audio_latents": audio_latents}, folder / "low.pt")
+    before = f"""
 import torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({str(source)!r}, {arguments})
-output = pipe({PROMPT!r}, height=64, width=64, num_frames=9, num_inference_steps=2,
-              generator=torch.Generator().manual_seed(0), output_type="latent")
-torch.save([output.frames, output.audio], {str(output)!r})
-print(type(pipe).__module__)
+results = {{}}
+low = torch.load({str(folder / "low.pt")!r}, weights_only=True)
+def call(pipe):
+    size = {{"height": 64, "width": 96, **low}}
+    if "Upscale" not in type(pipe).__name__:
+        size = {{"height": 64, "width": 64, "num_frames": 9}}
+    generator = torch.Generator().manual_seed(0)
+    output = pipe({PROMPT!r}, num_inference_steps=2, generator=generator, output_type="latent", **size)
+    return [output.frames, output.audio]
 """
-
-
-def test_bundle_holds_the_sources_and_imports_nothing_relative():
-    bundle = make_bundle()
-    tree = ast.parse(bundle)
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert imports and all(node.level == 0 for node in imports)
-    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    assert defined >= set(REGISTERED)
-    assert bundle == make_bundle()
-    for name in ("transformer_magihuman", "pipeline_components", "pipeline_magihuman_latent_upscale", "media"):
-        source = (ROOT / "src" / "diffusers_magihuman" / f"{name}.py").read_text()
-        for node in ast.parse(source).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                assert ast.get_source_segment(source, node) in bundle
-
-
-def test_written_code_compiles_and_diffusers_finds_its_imports(published):
-    for name in ("pipeline", "magihuman_bundle"):
-        compile((published / f"{name}.py").read_text(), name, "exec")
-    assert get_relative_imports(published / "pipeline.py") == ["magihuman_bundle"]
-    assert get_relative_imports(published / "magihuman_bundle.py") == []
-    assert set(PIPELINES) < set(REGISTERED)
-
-
-def test_modules_may_share_what_is_the_same():
-    first = (
-        "from diffusers import ModelMixin\nfrom diffusers.utils import logging\nlogger = logging.get_logger(__name__)"
+    script = f"{before}{script}\ntorch.save(results, {str(folder / 'results.pt')!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT_PACKAGE if 'diffusers_magihuman' not in script else ''}{script}"],
+        env={**hub.environment(folder / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    second = first.replace("diffusers import", "diffusers.models.modeling_utils import")
-    second = f"import torch.nn as nn\nfrom .first import (\n    logger,\n)\n{second}"
-    flat = flatten_sources({"first": f'"""First."""\n{first}', "second": f'"""Second."""\n{second}'})
-    assert "from .first" not in flat and flat.count("logger = ") == 2
-    compile(flat, "flat", "exec")
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "results.pt", weights_only=True), result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    "second, message",
-    [
-        ("def size():\n    return 2\n", "`size` stands for different things in first.py and in second.py"),
-        ("from os.path import getsize as size\n", "`size` stands for different things"),
-        ("for size in (1, 2):\n    pass\n", "`size` stands for different things"),
-        ("from .first import size as length\n", "second.py, line 2: `from .first import size as length` cannot be"),
-        ("from . import first\n", "`from . import first` cannot be bundled"),
-        ("def make():\n    from .first import size\n", "line 3: `from .first import size` cannot be bundled"),
-    ],
-)
-def test_what_cannot_be_flattened_is_an_error(second, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        flatten_sources({"first": '"""First."""\nsize = 1\n', "second": '"""Second."""\n' + second})
+# The code of a repository
+
+
+def test_every_source_is_imported_by_name(hub):
+    """Diffusers copies of a local directory what `pipeline.py` itself imports, and nothing else."""
+    for name in ("tiny", "tiny-upscale"):
+        folder = hub.root / "magihuman" / name
+        sources = {path.stem for path in folder.glob("*.py")} - {"pipeline"}
+        assert set(get_relative_imports(folder / "pipeline.py")) == sources
+        for source in sources:
+            assert set(get_relative_imports(folder / f"{source}.py")) <= sources
+            text = (folder / f"{source}.py").read_text()
+            assert text == (ROOT / "src" / "diffusers_magihuman" / f"{source}.py").read_text()
 
 
 @pytest.mark.parametrize("pipeline", [MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline])
@@ -120,85 +108,163 @@ def test_pipeline_file_exposes_one_pipeline(pipeline):
     module = ModuleType("pipeline")
     # As when another local directory was loaded before: Diffusers runs both files in the same module.
     module.Earlier = type("Earlier", (MagiHumanAudioVideoPipeline,), {"__module__": "diffusers_modules"})
-    exec(make_pipeline_file(pipeline.__name__), vars(module))
+    exec(make_pipeline_file(pipeline.__name__, {PIPELINES[pipeline.__name__]}), vars(module))
     assert find_pipeline_class(module) is pipeline
 
 
-def test_repository_loads_without_the_package(published, tiny_distilled_pipeline, tmp_path):
-    untrusted = f"""
-from diffusers import DiffusionPipeline
-try:
-    DiffusionPipeline.from_pretrained({str(published)!r}, custom_pipeline="pipeline")
-except ValueError as error:
-    assert "trust_remote_code" in str(error) and not any("magihuman_bundle" in name for name in sys.modules)
-else:
-    raise RuntimeError("Code was run that nobody trusted.")
-"""
-    arguments = 'custom_pipeline="pipeline", trust_remote_code=True'
-    script = WITHOUT_PACKAGE + untrusted + load_and_run(published, arguments, tmp_path / "output.pt")
-    result = run_script(script, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "diffusers_modules" in result.stdout
-    frames, audio = torch.load(tmp_path / "output.pt", weights_only=True)
-    expected = run(tiny_distilled_pipeline)
-    assert torch.equal(frames, expected.frames) and torch.equal(audio, expected.audio)
-
-
-def test_repository_needs_no_trust_with_the_package(published, tiny_distilled_pipeline, tmp_path):
-    script = "import diffusers_magihuman" + load_and_run(published, "", tmp_path / "output.pt")
-    result = run_script(script, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "diffusers_magihuman.pipeline_magihuman"
-    assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True)[0], run(tiny_distilled_pipeline).frames)
-
-
 @pytest.mark.parametrize(
-    "index, message",
-    [
-        ('{"_class_name": "WanPipeline"}', "holds a WanPipeline, allowed are pipelines of diffusers_magihuman"),
-        ('{"_class_name": "MagiHumanFlowScheduler"}', "holds a MagiHumanFlowScheduler, allowed are pipelines"),
-        ("{}", "model_index.json' names no pipeline"),
-        ("[]", "model_index.json' names no pipeline"),
-        ("{", "model_index.json' names no pipeline"),
-    ],
+    "index", ['{"_class_name": "WanPipeline"}', '{"_class_name": "MagiHumanFlowScheduler"}', "[]", "{"]
 )
-def test_code_is_written_only_for_our_pipelines(index, message, tmp_path):
+def test_code_is_written_only_for_our_pipelines(index, tmp_path):
     (tmp_path / "model_index.json").write_text(index)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"holds a|model_index\.json' names no pipeline"):
         write_repository_code(tmp_path)
     with pytest.raises(OSError, match=r"model_index\.json"):
         write_repository_code(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
 
 
+def test_repositories_load_without_the_package(hub, tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path):
+    """Both pipelines, from the hub and from local directories, in one process; not before they are trusted."""
+    results, _ = run_script(
+        hub,
+        tmp_path,
+        f"""
+import sys
+for source in {[str(hub.root / "magihuman") + "/", "magihuman/"]!r}:
+    for name in ("tiny", "tiny-upscale"):
+        try:
+            DiffusionPipeline.from_pretrained(source + name, custom_pipeline="pipeline")
+        except ValueError as error:
+            assert "trust_remote_code" in str(error)
+        else:
+            raise RuntimeError("Code was run that nobody trusted.")
+        pipe = DiffusionPipeline.from_pretrained(source + name, custom_pipeline="pipeline", trust_remote_code=True)
+        assert type(pipe).__module__.split(".")[0] == "diffusers_modules"
+        results[source, name] = call(pipe)
+""",
+    )
+    assert len(results) == 4
+    expected = {"tiny": run(tiny_distilled_pipeline), "tiny-upscale": upscale(tiny_upscale_pipeline)}
+    for (_, name), output in results.items():
+        assert torch.equal(output[0], expected[name].frames) and torch.equal(output[1], expected[name].audio)
+
+
+# The Hub
+
+
+def test_repositories_load_with_the_package(hub, tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path):
+    """From the hub, from the cache, and from a conversion that was pushed; no token is printed."""
+    command = [
+        "convert",
+        "GAIR/daVinci-MagiHuman",
+        str(tmp_path / "out"),
+        "--variant",
+        "distill",
+        "--dtype",
+        "float32",
+    ]
+    command += ["--with-text-encoder", "--with-vaes", "--push-to-hub", "someone/magihuman-distill"]
+    results, printed = run_script(
+        hub,
+        tmp_path,
+        f"""
+import diffusers_magihuman
+from diffusers_magihuman.cli import main
+for name in ("tiny", "tiny-upscale"):
+    pipe = DiffusionPipeline.from_pretrained(f"magihuman/{{name}}")
+    assert type(pipe).__module__.split(".")[0] == "diffusers_magihuman"
+    results[name] = call(pipe)
+    results[f"{{name}} again"] = call(DiffusionPipeline.from_pretrained(f"magihuman/{{name}}", local_files_only=True))
+assert main({command!r}) == 0
+results["pushed"] = call(DiffusionPipeline.from_pretrained("someone/magihuman-distill"))
+""",
+        HF_TOKEN="hf_secret_of_the_test",
+    )
+    expected = {"tiny": run(tiny_distilled_pipeline), "tiny-upscale": upscale(tiny_upscale_pipeline)}
+    for name, output in expected.items():
+        for key in (name, f"{name} again"):
+            assert torch.equal(results[key][0], output.frames) and torch.equal(results[key][1], output.audio)
+    assert results["pushed"][0].shape == (1, 4, 3, 4, 4) and results["pushed"][1].shape == (1, 9, 8)
+    assert "hf_secret_of_the_test" not in printed
+    pushed = hub.root / "someone" / "magihuman-distill"
+    assert json.loads((pushed / "model_index.json").read_text())["is_distilled"]
+    assert '"someone/magihuman-distill"' in (pushed / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "repo, subfolder",
+    [
+        ("GAIR/daVinci-MagiHuman", "distill"),
+        ("FastVideo/MagiHuman-Diffusers", "sr_1080p"),
+        ("DeepBeepMeep/MagiHuman", "magi_human_distill_bf16.safetensors"),
+        ("SanDiegoDude/daVinci-MagiHuman-FP8", "distill_fp8"),
+    ],
+)
+def test_layouts_download_what_they_need_once(repo, subfolder, hub, cache, downloads):
+    info, golden = load_golden("dit_base")
+    model = load_original_transformer(repo, subfolder, dtype=torch.float32, **cache)
+    assert downloads and all(name.startswith(f"{repo}/{subfolder}") for name in downloads)
+    assert not any("/transformer/" in name for name in downloads)  # FastVideo's folder has two of them
+    local = load_original_transformer(hub.root / repo, subfolder, dtype=torch.float32)
+    downloads.clear()
+    again = load_original_transformer(repo, subfolder, dtype=torch.float32, local_files_only=True, **cache)
+    assert not downloads
+    for other in (local, again):
+        for output, same in zip(*(outputs(each, golden, info["text_len"]) for each in (model, other)), strict=True):
+            assert torch.equal(output, same)
+
+
+def test_from_original_downloads_only_what_it_needs(cache, downloads):
+    pipe = MagiHumanAudioVideoPipeline.from_original(
+        "GAIR/daVinci-MagiHuman", variant="distill", dtype=torch.float32, **cache
+    )
+    assert run(pipe).frames.shape == (1, 4, 3, 4, 4)
+    original = "GAIR/daVinci-MagiHuman"
+    folders = {"/".join(name.split("/")[:3]) for name in downloads if name.startswith(original)}
+    assert folders <= {f"{original}/distill", f"{original}/turbo_vae"} and f"{original}/turbo_vae" in folders
+    assert "google/t5gemma-9b-9b-ul2/model-00001-of-00002.safetensors" in downloads
+    assert "google/t5gemma-9b-9b-ul2/model-00002-of-00002.safetensors" not in downloads
+
+    pipe = MagiHumanLatentUpscalePipeline.from_original(original, variant="sr_1080p", dtype=torch.float32, **cache)
+    assert pipe.config.default_height == 1088
+    folders |= {"/".join(name.split("/")[:3]) for name in downloads if name.startswith(original)}
+    assert folders - {f"{original}/distill"} == {f"{original}/1080p_sr", f"{original}/turbo_vae"}
+
+
+@pytest.mark.parametrize("repo", ["google/t5gemma-9b-9b-ul2", "stabilityai/stable-audio-open-1.0"])
+def test_gated_repository_is_named_with_its_page(repo, hub, tmp_path):
+    hub.gated.add(repo)
+    with pytest.raises(OSError, match=f"'{repo}' is gated. Open https://huggingface.co/{repo}"):
+        MagiHumanAudioVideoPipeline.from_original(variant="distill", endpoint=hub.endpoint, cache_dir=tmp_path)
+    hub.gated.clear()
+
+
+def test_what_is_not_there_is_named(cache, downloads):
+    with pytest.raises(OSError, match=r"https://huggingface\.co/nobody/nothing cannot be downloaded"):
+        load_original_transformer("nobody/nothing", variant="distill", **cache)
+    with pytest.raises(OSError, match=r"has none of the folders \['distill'\]"):
+        load_original_transformer("SanDiegoDude/daVinci-MagiHuman-FP8", variant="distill", **cache)
+    assert not downloads
+
+
+# Cards
+
+
 @pytest.mark.parametrize("variant", CARD_VARIANTS)
-def test_cards_are_valid_and_up_to_date(variant, tmp_path):
+def test_cards_are_complete(variant):
     card = make_model_card(variant)
-    assert (ROOT / "model_cards" / f"{variant}.md").read_text(encoding="utf-8") == card, "run `make cards`"
     data = ModelCard(card).data
-    assert data.to_dict() == yaml.safe_load(card.split("---")[1])
     assert data.library_name == "diffusers" and data.license == "apache-2.0" and len(set(data.tags)) == len(data.tags)
-    assert data.language == ["zh", "yue", "en", "ja", "ko", "de", "fr"]
+    assert data.base_model == "GAIR/daVinci-MagiHuman"
     tags = {"base": "text-to-video", "distill": "text-to-video", "turbo-vae": None}
     assert data.pipeline_tag == tags.get(variant, "video-to-video")
-    validate_repo_id(data.base_model)
-    assert "{{" not in card.replace("{{SII-GAIR}", "")
-    for part in (
-        "## Use",
-        "## Hardware",
-        "## Limits",
-        "## Responsible use",
-        "## Licence",
-        "## Citation",
-        "2603.21986",
-    ):
+    for part in ("## Use", "## Hardware", "## Limits", "## Responsible use", "## Licence", "## Citation"):
         assert part in card
     for part in ("Dialogue:", "Background Sound:", "640"):
         assert (part in card) == (variant != "turbo-vae")
     blocks = re.findall(r"```py\n(.*?)```", card, re.DOTALL)
     assert blocks and all(f"owner/magihuman-{variant}" in block and ast.parse(block) for block in blocks)
-    assert main(["card", variant, "-o", str(tmp_path / "card.md")]) == 0
-    assert (tmp_path / "card.md").read_text(encoding="utf-8") == card
 
 
 def test_figures_of_the_cards_are_those_of_the_models():
@@ -239,7 +305,10 @@ def test_figures_of_the_cards_are_those_of_the_models():
 
 
 def test_card_names_the_repository_and_refuses_other_variants():
-    assert '"someone/mine"' in make_model_card("distill", "someone/mine")
-    with pytest.raises(ValueError, match="`variant`='large' must be one of"):
+    card = make_model_card("distill", "someone/mine")
+    assert '"someone/mine"' in card and "owner/" not in card
+    with pytest.raises(ValueError, match="variant"):
         make_model_card("large")
+    with pytest.raises(ValueError, match="Repo id"):
+        make_model_card("base", 'a/b", evil="')
     assert "gated" in make_licence_note()

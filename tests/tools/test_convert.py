@@ -12,15 +12,15 @@ import torch
 from diffusers import DiffusionPipeline
 from golden import load_golden, load_golden_weights
 from helpers import assert_same, run, upscale
-from layouts import all_bf16, all_fp32, fp8, split, write_external_repositories, write_file, write_shards
+from layouts import all_fp32, fp8, split, write_external_repositories, write_file, write_shards
+from transformers import T5GemmaEncoderModel
 
 from diffusers_magihuman import (
     MagiHumanAudioVideoPipeline,
     MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
-    checkpoints,
 )
-from diffusers_magihuman.checkpoints import convert_checkpoint, load_original_transformer
+from diffusers_magihuman.checkpoints import convert_checkpoint, load_original_transformer, load_text_encoder
 from diffusers_magihuman.cli import main
 
 
@@ -58,10 +58,10 @@ def test_converted_transformer_equals_the_loaded_one(max_shard_size, source, tmp
     assert all(shard.stat().st_size < 210_000 for shard in shards) or max_shard_size == "5GB"
     loaded = MagiHumanTransformer3DModel.from_pretrained(output, subfolder="transformer", dtype=torch.bfloat16)
     assert states_equal(loaded, load_original_transformer(source))
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and output.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("layout", [split, all_bf16, fp8])
+@pytest.mark.parametrize("layout", [split, fp8])
 def test_every_layout_converts(layout, tmp_path):
     write_file(layout(load_golden_weights("dit_base")), tmp_path / "distill.safetensors")
     output = convert_checkpoint(tmp_path / "distill.safetensors", tmp_path / "out", dtype=torch.float32)
@@ -72,13 +72,7 @@ def test_every_layout_converts(layout, tmp_path):
 def test_converted_repository_is_a_pipeline(source, parts, tmp_path):
     output = convert_checkpoint(source, tmp_path / "out", dtype=torch.float32, **parts)
     names = {path.name for path in output.iterdir()}
-    assert names == {"transformer", "scheduler", "text_encoder", "tokenizer", "vae", "audio_vae"} | {
-        "model_index.json",
-        "pipeline.py",
-        "magihuman_bundle.py",
-        "README.md",
-        "NOTICE.md",
-    }
+    assert names >= {"model_index.json", "pipeline.py", "transformer_magihuman.py", "README.md", "NOTICE.md"}
     pipe = DiffusionPipeline.from_pretrained(output)
     assert isinstance(pipe, MagiHumanAudioVideoPipeline) and pipe.config.is_distilled
     expected = MagiHumanAudioVideoPipeline.from_original(source, dtype=torch.float32, **parts)
@@ -97,7 +91,6 @@ def test_converted_super_resolution_is_a_pipeline(variant, size, parts, tmp_path
     write_file(load_golden_weights("dit_sr"), tmp_path / "weights.safetensors")
     source = tmp_path / "weights.safetensors"
     output = convert_checkpoint(source, tmp_path / "out", variant=variant, dtype=torch.float32, **parts)
-    assert {path.name for path in output.iterdir()} >= {"model_index.json", "pipeline.py", "magihuman_bundle.py"}
     pipe = DiffusionPipeline.from_pretrained(output)
     assert isinstance(pipe, MagiHumanLatentUpscalePipeline)
     assert (pipe.config.default_height, pipe.config.default_width) == size
@@ -116,37 +109,30 @@ def test_parts_left_out_are_given_when_loading(source, parts, tmp_path):
     assert_same(run(pipe), run(complete))
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_nothing_that_looks_finished(source, tmp_path):
-    command = [sys.executable, "-m", "diffusers_magihuman.cli", "convert", source, tmp_path / "out"]
-    command = [str(part) for part in [*command, "--max-shard-size", "2KB"]]
+    command = [sys.executable, "-c", "import sys; from diffusers_magihuman.cli import main; sys.exit(main())"]
+    command = [str(part) for part in [*command, "convert", source, tmp_path / "out", "--max-shard-size", "2KB"]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    incomplete = tmp_path / ".out.incomplete"
-    while process.poll() is None and not list(incomplete.glob("transformer/*.safetensors")):
+    while process.poll() is None and not list(tmp_path.glob(".out.*.incomplete/transformer/*.safetensors")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "out").exists() and incomplete.exists()
+    assert not (tmp_path / "out").exists()
 
     convert_checkpoint(source, tmp_path / "out", max_shard_size="100KB")
-    assert not incomplete.exists()
     loaded = MagiHumanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer", dtype=torch.bfloat16)
     assert states_equal(loaded, load_original_transformer(source))
 
 
-def test_full_disk_raises_before_anything_is_written(source, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"take \d+ bytes, but only 1000 are free in"):
-        convert_checkpoint(source, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("part", ["text_encoder", "video_vae", "audio_vae"])
-def test_free_disk_counts_every_part(part, source, parts, tmp_path, monkeypatch):
-    needed = []
-    monkeypatch.setattr(checkpoints, "check_free_disk", lambda _folder, num_bytes: needed.append(num_bytes))
-    output = convert_checkpoint(source, tmp_path / "out", **{part: parts[part]})
-    assert needed[0] == pytest.approx(sum(path.stat().st_size for path in output.rglob("*.safetensors")), rel=0.1)
+def test_parts_are_sharded_too(source, parts, tmp_path):
+    """Of parts that lie in several files, with tensors that are larger than a file may be among them."""
+    output = convert_checkpoint(source, tmp_path / "out", max_shard_size="5KB", text_encoder=parts["text_encoder"])
+    assert len(list((output / "text_encoder").glob("*.safetensors"))) > 2
+    encoder = T5GemmaEncoderModel.from_pretrained(output / "text_encoder", dtype=torch.bfloat16)
+    assert states_equal(encoder, load_text_encoder(parts["text_encoder"])[1])
+    loaded = MagiHumanTransformer3DModel.from_pretrained(output / "transformer", dtype=torch.bfloat16)
+    assert states_equal(loaded, load_original_transformer(source))
 
 
 def test_wrong_source_leaves_nothing(source, tmp_path):

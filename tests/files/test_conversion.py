@@ -1,11 +1,24 @@
+"""The table from the original's names to ours: complete, exact, strict."""
+
 import json
 
 import pytest
 import torch
 from golden import DATA, load_golden_weights
+from helpers import make_tiny_model
+from layouts import fp8, split
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
-from diffusers_magihuman.checkpoints import convert_transformer_state_dict, transformer_config_from_state_dict
+from diffusers_magihuman.conversion import (
+    FP8_SCALE,
+    convert_tensors,
+    convert_transformer_state_dict,
+    expert_name,
+    guess_variant,
+    transformer_config_from_state_dict,
+    transformer_rules,
+    variant_config,
+)
 
 
 def full_size_state_dict(part):
@@ -20,6 +33,10 @@ def full_size_state_dict(part):
 @pytest.fixture
 def weights():
     return load_golden_weights("dit_base")
+
+
+def is_kept(name):
+    return any(part in MagiHumanTransformer3DModel._keep_in_fp32_modules for part in name.split("."))
 
 
 def convert(weights):
@@ -41,10 +58,30 @@ def test_full_size_transformer_maps_to_exactly_our_parameters():
     assert {name: tensor.shape for name, tensor in converted.items()} == {
         n: tensor.shape for n, tensor in ours.items()
     }
-    keep = MagiHumanTransformer3DModel._keep_in_fp32_modules
     for name, tensor in converted.items():
-        is_kept = any(part in keep for part in name.split("."))
-        assert tensor.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+        assert tensor.dtype == (torch.float32 if is_kept(name) else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize(
+    "config", [{}, {"gated_attention": False, "post_norm_layers": (0, 1), "modality_layers": (1,), "gelu_layers": ()}]
+)
+def test_table_has_exactly_the_models_names_shapes_and_float32_parts(config, is_split):
+    model = make_tiny_model(**config)
+    rules = transformer_rules(model.config, is_split)
+    targets = {name: shape for rule in rules.values() for name, shape in rule.targets.items()}
+    assert targets == {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert all(rule.is_float32 == is_kept(name) for rule in rules.values() for name in rule.targets)
+
+
+def test_split_names_are_those_of_the_split_layout():
+    weights = load_golden_weights("dit_base")
+    config = transformer_config_from_state_dict(weights)
+    assert transformer_config_from_state_dict(split(weights)) == config
+    names = transformer_rules(config, is_split=True).keys()
+    assert names == split(weights).keys() - {"adapter.rope.bands"}
+    assert "block.layers.0.mlp.up_gate_proj_audio.weight" in names
+    assert "block.layers.2.attention.linear_g.weight" in names
 
 
 @pytest.mark.parametrize(
@@ -70,20 +107,24 @@ def test_config_is_read_off_the_shapes(case, expected):
     }
 
 
+def ours(layer, target, expert):
+    return f"transformer_blocks.{layer}.{expert_name(target, expert)}.weight"
+
+
 def test_conversion_splits_and_shifts_exactly(weights):
     converted = convert(weights)
     experts = weights["block.layers.0.attention.linear_qkv.weight"].chunk(3)
     for expert, name in zip(experts, ("video", "audio", "text"), strict=True):
-        parts = [converted[f"transformer_blocks.0.attn.to_{part}.{name}.weight"] for part in ("q", "k", "v", "gate")]
+        parts = [converted[ours(0, f"attn.to_{part}", name)] for part in ("q", "k", "v", "gate")]
         assert [len(part) for part in parts] == [64, 32, 32, 4]
         assert torch.equal(torch.cat(parts), expert)
     up = converted["transformer_blocks.2.ff.linear_in.weight"]
     stored = weights["block.layers.2.mlp.up_gate_proj.weight"]
     assert torch.equal(up[:168], stored[::2]) and torch.equal(up[168:], stored[1::2])
-    gelu = converted["transformer_blocks.0.ff.linear_in.video.weight"]
+    gelu = converted[ours(0, "ff.linear_in", "video")]
     assert torch.equal(gelu, weights["block.layers.0.mlp.up_gate_proj.weight"][:256])
     norm = weights["block.layers.0.attention.q_norm.weight"]
-    assert torch.equal(converted["transformer_blocks.0.attn.norm_q.text.weight"], norm[32:] + 1)
+    assert torch.equal(converted[ours(0, "attn.norm_q", "text")], norm[32:] + 1)
 
 
 def test_norms_are_shifted_in_float32(weights):
@@ -119,3 +160,53 @@ def test_foreign_state_dict_raises():
         match=r"not a MagiHuman transformer with the original's names, it lacks \['adapter.video_embedder.weight'",
     ):
         transformer_config_from_state_dict({"model.diffusion_model.x": torch.zeros(1)})
+
+
+def test_scaled_float8_is_multiplied_out(weights):
+    config = transformer_config_from_state_dict(weights)
+    source, rules = fp8(weights), transformer_rules(config)
+    converted = dict(convert_tensors(source, rules, torch.float32))
+    name = "block.layers.0.mlp.down_proj.weight"
+    expected = source[name].float() * source[name + FP8_SCALE]
+    assert torch.equal(torch.cat([converted[target] for target in rules[name].targets]), expected)
+    with pytest.raises(ValueError, match="must have a"):
+        dict(
+            convert_tensors(
+                {key: value for key, value in source.items() if key != name + FP8_SCALE}, rules, torch.float32
+            )
+        )
+    with pytest.raises(ValueError, match="must have a"):
+        dict(convert_tensors(source | {name: weights[name]}, rules, torch.float32))
+    for scale in (torch.tensor(torch.nan), torch.tensor(-1.0), torch.ones(2)):
+        with pytest.raises(ValueError, match=r"down_proj\.weight\.__fp8_scale' is"):
+            dict(convert_tensors(source | {name + FP8_SCALE: scale}, rules, torch.float32))
+
+
+def test_local_layers_of_super_resolution():
+    layers = set(range(40)) - set(variant_config("sr_1080p", 40)["local_attention_layers"])
+    assert layers == {3, 7, 11, 15, 19, 23, 27, 31}
+    assert variant_config("sr_540p", 40) == {"coordinate_style": "v1", "local_attention_layers": ()}
+    assert variant_config("distill", 40) == {"coordinate_style": "v2", "local_attention_layers": ()}
+
+
+@pytest.mark.parametrize(
+    "path, subfolder, variant",
+    [
+        ("GAIR/daVinci-MagiHuman", "distill", "distill"),
+        ("GAIR/daVinci-MagiHuman", "base", "base"),
+        ("FastVideo/MagiHuman-Diffusers", "sr_1080p", "sr_1080p"),
+        ("models/magi_human_sr1080_bf16.safetensors", None, "sr_1080p"),
+        ("models/distill/transformer/model.safetensors", None, "distill"),
+        ("x/540p_sr_fp8", None, "sr_540p"),
+    ],
+)
+def test_variant_is_guessed(path, subfolder, variant):
+    assert guess_variant(path, subfolder) == variant
+
+
+@pytest.mark.parametrize(
+    "path", ["magi_human_bf16.safetensors", "SII-GAIR/daVinci-MagiHuman-Base-1080p", "database/x"]
+)
+def test_variant_is_not_guessed_when_ambiguous(path):
+    with pytest.raises(ValueError, match="pass `variant=`"):
+        guess_variant(path, None)
