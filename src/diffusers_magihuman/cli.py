@@ -27,7 +27,7 @@ from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .checkpoints import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VARIANTS, VIDEO_VAE, convert_checkpoint
 from .embedded import embedded_model
 from .hub import CARD_VARIANTS, make_model_card, write_file
-from .media import check_mp4_path, export_to_mp4, has_sound, load_images, load_videos, read_audio
+from .media import check_mp4_path, export_to_mp4, has_audio, load_images, load_videos, read_audio
 from .pipeline_components import FRAME_RATE
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
 from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
@@ -226,7 +226,7 @@ def run_upscale(arguments: argparse.Namespace) -> None:
     check_mp4_path(arguments.output)
     video = load_videos(arguments.video, FRAME_RATE)
     image = None if arguments.image is None else load_images(arguments.image)
-    sound = arguments.audio or (arguments.video if has_sound(arguments.video) else None)
+    sound = arguments.audio or (arguments.video if has_audio(arguments.video) else None)
     audio = None if sound is None else read_audio(sound)
     check_pipeline("--model", arguments.model, MagiHumanLatentUpscalePipeline)
 
