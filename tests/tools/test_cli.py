@@ -10,7 +10,7 @@ import soundfile
 from helpers import PROMPT, peak_frequency, read_frames, read_header, read_sound
 
 from diffusers_magihuman import export_to_mp4
-from diffusers_magihuman.cli import main
+from diffusers_magihuman.tools.cli import main
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "inputs"
