@@ -305,7 +305,7 @@ def test_full_size_with_super_resolution():
         (["--vram", "16GB"], "--vram"),
         ([], "--vram"),
         (["--vram", "16", "--model", "BASE", "--height", "100"], "`height`=100"),
-        (["--vram", "16", "--model", "BASE", "--num-frames", "-3"], "`num_frames`=-3"),
+        (["--vram", "16", "--model", "BASE", "--num-frames", "0"], "`num_frames`=0"),
         (["--vram", "16", "--dtype", "float8"], "--dtype"),
         (["--vram", "16", "--model", "./missing-model"], "missing-model"),
         (["--vram", "16", "--model", "UPSCALE", "--upscale", "UPSCALE"], "`model` holds a MagiHumanLatentUpscale"),

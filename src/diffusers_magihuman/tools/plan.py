@@ -429,9 +429,10 @@ def plan_call(
             variant = next(fitting, "sr_1080p")
             upscale, upscale_pipe = f"owner/magihuman-{variant.replace('_', '-')}", published_pipeline(variant, dtype)
 
-    num_frames = num_frames or pipe.config.get("default_num_frames", 126)
-    last = pipe if upscale_pipe is None else upscale_pipe
-    height, width = height or last.config.default_height, width or last.config.default_width
+    config = (upscale_pipe or pipe).config
+    num_frames = pipe.config.get("default_num_frames", 126) if num_frames is None else num_frames
+    height = config.default_height if height is None else height
+    width = config.default_width if width is None else width
     if upscale_pipe is None:
         return [plan_pipeline(name, pipe, height, width, num_frames)]
     low = sorted((pipe.config.default_height, pipe.config.default_width), reverse=height > width)
