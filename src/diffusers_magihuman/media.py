@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Audio and video in and out: mp4 files, audio files, images, resampling.
 
-Notable features:
-
-- frames are encoded one by one, so a generator can stream a video that never lies in memory as a whole
-- audio and picture of an mp4 end together, and the same input gives the same bytes on any number of cores
-- a file appears under its final name only when it is complete
+Frames are encoded one by one, so that a video that is streamed never lies in memory as a whole; audio and picture of
+an mp4 end together; the same input gives the same bytes; a file gets its name only when it is complete.
 """
 
 import contextlib
@@ -55,16 +52,15 @@ def export_to_mp4(
     """
     Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`.
 
-    Audio and picture end together: the audio is cut, or padded with silence, to `num_frames / fps` seconds. Nothing
-    is rescaled. An existing file is replaced only once the new one is complete; a failure leaves it as it was.
+    The audio is cut, or padded with silence, to `num_frames / fps` seconds. Nothing is rescaled. An existing file is
+    replaced only once the new one is complete; a failure leaves it as it was.
 
     Args:
-        frames: Any iterable of frames of one even height and width, consumed one at a time: float arrays
-            `(height, width, 3)` in [0, 1], uint8 arrays of that shape, RGB PIL images, or float tensors
-            `(3, height, width)` in [0, 1]. Floats are clamped, multiplied by 255 and truncated.
+        frames: Any iterable of frames of one even height and width, consumed one at a time: arrays
+            `(height, width, 3)`, float in [0, 1] or uint8, RGB PIL images, or float tensors `(3, height, width)` in
+            [0, 1]. Floats are clamped, multiplied by 255 and truncated.
         path: Destination, ending in `.mp4`, in a directory that exists.
-        audio: Floats in [-1, 1], `(num_samples,)` or `(channels, num_samples)` of one channel, which is written to
-            both, or two.
+        audio: Floats in [-1, 1], `(num_samples,)` or `(channels, num_samples)`, of one or two channels.
         fps: Frames per second.
         sampling_rate: Samples per second of `audio` and of the file, one of `AAC_SAMPLING_RATES`.
 
@@ -76,9 +72,7 @@ def export_to_mp4(
     if not 0 < fps < math.inf:
         raise ValueError(f"`fps` is {fps}, it must be positive and finite.")
     if audio is not None:
-        audio = _to_channels(audio)
-        if len(audio) > 2:
-            raise ValueError(f"`audio` has {len(audio)} channels, allowed are 1 or 2.")
+        audio = _to_channels(audio, max_channels=2)
         if sampling_rate not in AAC_SAMPLING_RATES:
             raise ValueError(f"`sampling_rate` is {sampling_rate}, AAC allows one of {AAC_SAMPLING_RATES}.")
     frame_rate = Fraction(fps).limit_denominator()
@@ -117,9 +111,7 @@ def _encode_video(frames: Iterable, frame_rate: Fraction, path: str) -> int:
     def chunks() -> Iterator[bytes]:
         for index, frame in enumerate(itertools.chain([first], rgb_frames)):
             if frame.shape != first.shape or height % 2 or width % 2:
-                raise ValueError(
-                    f"`frames[{index}]` has shape {frame.shape}, sizes must be even and the same as before."
-                )
+                raise ValueError(f"`frames[{index}]` has shape {frame.shape}, sizes must be even and stay the same.")
             yield frame.tobytes()
 
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {frame_rate} -i -".split()
@@ -135,9 +127,10 @@ def load_images(image: ImageInput | list[ImageInput]) -> list[PIL.Image.Image]:
     """
     if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4:
         image = list(image)
-    if isinstance(image, list) and not image:
+    images = image if isinstance(image, list) else [image]
+    if not images:
         raise ValueError("`image` is an empty list, it must have at least one image.")
-    return [_load_image(item) for item in (image if isinstance(image, list) else [image])]
+    return [_load_image(item) for item in images]
 
 
 def _load_image(image: ImageInput) -> PIL.Image.Image:
@@ -145,7 +138,7 @@ def _load_image(image: ImageInput) -> PIL.Image.Image:
         return PIL.Image.fromarray(_to_rgb(image, "image"))
     if not isinstance(image, str | os.PathLike | PIL.Image.Image):
         raise ValueError(
-            f"`image` is a {type(image).__name__}, allowed are a path, a PIL image, an array, a tensor or a list."
+            f"`image` is a {type(image).__name__}, allowed are a path, a PIL image, an array or a tensor."
         )
     try:
         return load_image(image if isinstance(image, PIL.Image.Image) else os.fspath(image))
@@ -157,13 +150,10 @@ def load_videos(video: VideoInput | list[VideoInput], frame_rate: int) -> list[t
     """
     Reads one video or several as float32 `(num_frames, 3, height, width)` in [0, 1].
 
-    A video is a path; an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8; a float tensor
-    `(num_frames, 3, height, width)` in [0, 1]; or a list of frames, each as [`load_images`] takes it, but no path. A
-    list of these, or an array or tensor with a leading axis, is several.
-
-    Raises:
-        ValueError: If one is none of these or empty, its frames differ in size, or a file has not `frame_rate`.
-        OSError: If a file is missing or is no video.
+    A video is a path of a file of `frame_rate`; an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8; a
+    float tensor `(num_frames, 3, height, width)` in [0, 1]; or a list of frames, PIL images, arrays or tensors. A list
+    of these, or an array or tensor with a leading axis, is several. Raises ValueError for what is none of these, empty
+    or of frames that differ in size, and what [`read_video`] does.
     """
     if isinstance(video, np.ndarray | torch.Tensor) and video.ndim == 5:
         video = list(video)
@@ -195,10 +185,8 @@ def _load_video(video: VideoInput, frame_rate: int) -> torch.Tensor:
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     """
-    Reads a video file: uint8 frames `(num_frames, height, width, 3)` and how many there are in a second.
-
-    Raises:
-        OSError: If there is no such file, it holds no readable video, or ffmpeg finds it damaged.
+    Reads a video file: uint8 frames `(num_frames, height, width, 3)` and how many there are in a second. Raises
+    OSError for a file that is missing, holds no readable video or is damaged.
     """
     with _decoded("video", path, "-map", "0:v:0", "-pix_fmt", "rgb24", "-f", "rawvideo") as file:
         meta = next(imageio_ffmpeg.read_frames(os.path.abspath(path)))
@@ -225,15 +213,14 @@ def crop_to_aspect(image: PIL.Image.Image, height: int, width: int) -> PIL.Image
 
 def load_audio(audio: AudioInput | np.ndarray | torch.Tensor, sampling_rate: int) -> torch.Tensor:
     """
-    Reads audio as stereo at a given rate, float32 of shape `(2, num_samples)`.
+    Reads audio as stereo at a given rate, float32 `(2, num_samples)`.
 
     Mono is duplicated, stereo kept, and more channels are averaged to mono. Another rate is converted by polyphase
     filtering (`scipy.signal.resample_poly`) to `ceil(num_samples * sampling_rate / rate)` samples.
 
     Args:
-        audio: Path of an audio file, or of a video file whose first audio stream is taken; or `(waveform, rate)` with
-            a waveform `(num_samples,)` or `(channels, num_samples)` that is float in about [-1, 1] or int16. A
-            waveform alone is one at `sampling_rate` already.
+        audio: Path, see [`read_audio`], or `(waveform, rate)` with a waveform `(num_samples,)` or
+            `(channels, num_samples)` that is float in about [-1, 1] or int16. Alone it is at `sampling_rate` already.
         sampling_rate: Samples per second of the result.
 
     Raises:
@@ -247,9 +234,10 @@ def load_audio(audio: AudioInput | np.ndarray | torch.Tensor, sampling_rate: int
     if not isinstance(audio, tuple) or len(audio) != 2:
         raise ValueError(f"`audio` is a {type(audio).__name__}, allowed are a path or a tuple (waveform, rate).")
     samples, rate = _to_numpy(audio[0]), audio[1]
-    for name, value in (("rate of `audio`", rate), ("`sampling_rate`", sampling_rate)):
-        if not isinstance(value, Integral) or value <= 0:
-            raise ValueError(f"The {name} is {value!r}, it must be a positive integer.")
+    if not all(isinstance(value, Integral) and value > 0 for value in (rate, sampling_rate)):
+        raise ValueError(
+            f"The rate of `audio`, {rate!r}, and `sampling_rate`, {sampling_rate!r}, must be integers > 0."
+        )
     samples = _to_channels(samples / 32768 if samples.dtype == np.int16 else samples)
     if len(samples) > 2:
         samples = samples.mean(axis=0, keepdims=True)
@@ -260,10 +248,7 @@ def load_audio(audio: AudioInput | np.ndarray | torch.Tensor, sampling_rate: int
 def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
     """
     Reads an audio file, or the first audio stream of a video file: float32 `(channels, num_samples)` and their rate.
-
-    Raises:
-        ValueError: If the audio is empty or not finite.
-        OSError: If there is no such file, it holds no readable audio, or ffmpeg finds it damaged.
+    Raises ValueError for audio that is empty or not finite, OSError for a file that is missing, damaged or has none.
     """
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -304,22 +289,19 @@ def _to_frame(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> 
 
 
 def _to_rgb(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> np.ndarray:
-    """Converts one frame to uint8 `(height, width, 3)`."""
     frame = _to_frame(frame, name)
     return frame if frame.dtype == np.uint8 else (frame * 255).astype(np.uint8)
 
 
-def _to_channels(audio: np.ndarray | torch.Tensor) -> np.ndarray:
+def _to_channels(audio: np.ndarray | torch.Tensor, max_channels: float = math.inf) -> np.ndarray:
     """Checks `audio` and returns a float32 copy `(channels, num_samples)`."""
     array = _to_numpy(audio)
-    fits = array.ndim == 1 or (array.ndim == 2 and array.shape[0] <= array.shape[1])
-    if not fits or not array.size or array.dtype.kind != "f":
+    fits = array.ndim == 1 or (array.ndim == 2 and len(array) <= min(max_channels, array.shape[1]))
+    if not fits or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(
-            f"`audio` has shape {array.shape} and dtype {array.dtype}, allowed are floats in [-1, 1] of shape"
-            " (num_samples,) or (channels, num_samples), with a sample at least and no more channels than samples."
+            f"`audio` has shape {array.shape} and dtype {array.dtype}, allowed are finite floats in [-1, 1] of shape"
+            " (num_samples,) or (channels, num_samples), of no more channels than samples, in an mp4 one or two."
         )
-    if not np.isfinite(array).all():
-        raise ValueError("`audio` holds NaN or infinity, allowed are floats in [-1, 1].")
     return np.atleast_2d(array.astype(np.float32))
 
 
