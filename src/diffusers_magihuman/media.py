@@ -279,8 +279,8 @@ def _to_frame(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> 
     is_float = array.dtype.kind == "f"
     if array.ndim != 3 or array.shape[0 if is_tensor else 2] != 3 or not (is_float or array.dtype == np.uint8):
         raise ValueError(
-            f"`{name}` is a {type(frame).__name__} of shape {array.shape} and dtype {array.dtype}, allowed are arrays"
-            " (height, width, 3), RGB images and tensors (3, height, width), of floats in [0, 1] or uint8."
+            f"`{name}` is a {type(frame).__name__} of shape {array.shape}, allowed are arrays (height, width, 3), RGB"
+            f" images and tensors (3, height, width), of floats in [0, 1] or uint8, not of {array.dtype}."
         )
     if is_float and np.isnan(array).any():
         raise ValueError(f"`{name}` holds NaN, allowed are floats in [0, 1].")
