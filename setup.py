@@ -42,5 +42,5 @@ setup(
         "quantize": QUANTIZE,
         "dev": ["peft>=0.20", "pytest>=8", "ruff>=0.15", "pre-commit>=4", *QUANTIZE],
     },
-    entry_points={"console_scripts": ["magihuman = diffusers_magihuman.cli:main"]},
+    entry_points={"console_scripts": ["magihuman = diffusers_magihuman.tools.cli:main"]},
 )

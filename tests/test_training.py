@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import seeded
 from make_tiny_pipeline import make_transformer
 
 from diffusers_magihuman import MagiHumanFlowScheduler
@@ -13,10 +14,6 @@ from diffusers_magihuman.training import (
     predict_clean,
     sample_noise_levels,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make_batch(batch_size=2):

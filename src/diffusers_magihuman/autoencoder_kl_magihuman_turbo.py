@@ -1,16 +1,4 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The Turbo VAE: a light decoder for the latents of the Wan 2.2 VAE, and that VAE's own encoder.
 
 Notable features:
@@ -25,6 +13,7 @@ import math
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,6 +41,10 @@ LATENTS_STD = (
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
 # fmt: on
+
+PATCH_SIZE = 2  # height and width of the square of pixels that is folded into channels
+# Options of the original that its published configs hold, with the only value that is built here.
+ORIGINAL_OPTIONS = {"decoder_causal": False, "patch_size": PATCH_SIZE, "patch_size_t": 1, "scaling_factor": 1.0}
 
 
 def rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
@@ -121,16 +114,10 @@ class MagiHumanTurboSeparableConv3d(nn.Module):
 
 class MagiHumanTurboResnetBlock3d(nn.Module):
     """
-    Residual block.
+    Residual block; where its channels change, the residual is normed and convolved too.
 
-    Args:
-        in_channels (`int`): Channels of the input.
-        out_channels (`int`): Channels of the output. Where they differ from `in_channels`, the residual is normed and
-            convolved too.
-        separable_kernel_size (`int`, *optional*): Kernel size of the separable convolutions; `None` for plain
-            convolutions, whose kernel size is 3.
-        shortcut_norm_eps (`float`): Epsilon of the norm of the residual.
-        first_activation (`Callable`, defaults to `F.silu`): What follows the first norm; SiLU follows the second.
+    `separable_kernel_size` is that of separable convolutions; `None` stands for plain ones, whose kernel size is 3.
+    `first_activation` follows the first norm, SiLU the second.
     """
 
     def __init__(
@@ -179,18 +166,7 @@ class MagiHumanTurboUpsampler3d(nn.Module):
 
 
 class MagiHumanTurboBlock3d(nn.Module):
-    """
-    Block of the decoder: change of channels, upsampler, residual blocks. The first two are left out where not wanted.
-
-    Args:
-        in_channels (`int`): Channels of the input.
-        out_channels (`int`): Channels of the output.
-        num_layers (`int`): Number of residual blocks.
-        separable_kernel_size (`int`, *optional*): See [`MagiHumanTurboResnetBlock3d`].
-        shortcut_norm_eps (`float`): See [`MagiHumanTurboResnetBlock3d`].
-        upsample (`bool`): Whether to upsample.
-        spatial_only (`bool`): Whether the upsampler leaves the number of frames as it is.
-    """
+    """Block of the decoder: change of channels and upsampler, each where wanted, then `num_layers` residual blocks."""
 
     def __init__(
         self,
@@ -209,16 +185,8 @@ class MagiHumanTurboBlock3d(nn.Module):
                 in_channels, out_channels, separable_kernel_size, shortcut_norm_eps
             )
         self.upsamplers = nn.ModuleList([MagiHumanTurboUpsampler3d(out_channels, spatial_only)] if upsample else [])
-        self.resnets = nn.ModuleList(
-            MagiHumanTurboResnetBlock3d(
-                out_channels,
-                out_channels,
-                separable_kernel_size,
-                shortcut_norm_eps,
-                first_activation=F.relu if upsample else F.silu,
-            )
-            for _ in range(num_layers)
-        )
+        resnet = (out_channels, out_channels, separable_kernel_size, shortcut_norm_eps, F.relu if upsample else F.silu)
+        self.resnets = nn.ModuleList(MagiHumanTurboResnetBlock3d(*resnet) for _ in range(num_layers))
 
     def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
         if self.conv_in is not None:
@@ -249,59 +217,45 @@ class MagiHumanTurboDecoder3d(nn.Module):
         spatio_only: tuple[bool, ...],
         is_dw_conv: tuple[bool, ...],
         dw_kernel_size: int,
-        patch_size: int,
         resnet_norm_eps: float,
         use_unpatchify: bool,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
         channels = block_out_channels[-1]
         mid_kernel_size, *kernel_sizes = (dw_kernel_size if is_dw else None for is_dw in reversed(is_dw_conv))
         mid_layers, *num_layers = reversed(layers_per_block)
-
-        blocks = zip(
-            reversed(block_out_channels),
-            num_layers,
-            kernel_sizes,
-            reversed(spatio_temporal_scaling),
-            reversed(spatio_only),
-            strict=True,
-        )
+        upsamples, spatial_only = reversed(spatio_temporal_scaling), reversed(spatio_only)
 
         self.conv_in = MagiHumanTurboConv3d(in_channels, channels, (3, 3, 3))
         self.mid_block = MagiHumanTurboBlock3d(channels, channels, mid_layers, mid_kernel_size, resnet_norm_eps)
         self.up_blocks = nn.ModuleList()
-        for block_channels, layers, kernel_size, upsample, spatial_only in blocks:
-            self.up_blocks.append(
-                MagiHumanTurboBlock3d(
-                    channels, block_channels, layers, kernel_size, resnet_norm_eps, upsample, spatial_only
-                )
-            )
-            channels = block_channels
+        blocks = zip(reversed(block_out_channels), num_layers, kernel_sizes, upsamples, spatial_only, strict=True)
+        for width, layers, kernel_size, *upsampling in blocks:
+            block = MagiHumanTurboBlock3d(channels, width, layers, kernel_size, resnet_norm_eps, *upsampling)
+            self.up_blocks.append(block)
+            channels = width
 
         self.upsampler2d_1 = None
         if use_unpatchify:
-            out_channels = out_channels * patch_size**2
+            out_channels = out_channels * PATCH_SIZE**2
         else:
             self.upsampler2d_1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-            channels = channels // patch_size**2
+            channels = channels // PATCH_SIZE**2
         self.conv_out = MagiHumanTurboConv3d(channels, out_channels, (3, 3, 3))
 
         in_tiles = nn.ModuleList([*self.up_blocks[1:], self.upsampler2d_1 or nn.Identity(), self.conv_out])
         self.tile_margin, scale = margin_and_scale(in_tiles.modules())
-        self.tile_scale = scale * patch_size
+        self.tile_scale = scale * PATCH_SIZE
 
     def forward(
         self, hidden_states: torch.Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`):
-                Latents.
-            is_first_chunk (`bool`):
-                Whether the first latent frame is the first of the video: it then gives one frame, else four.
-            tile_size (`tuple[int, int]`, *optional*):
-                Height and width in pixels of the tiles that the large end of the decoder runs on one by one.
+            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`): Latents.
+            is_first_chunk (`bool`): Whether the first latent frame is the video's: it then gives one frame, else four.
+            tile_size (`tuple[int, int]`, *optional*): Height and width in pixels of the tiles that the large end runs
+                on one by one.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, out_channels, 4 * num_frames - 3 or 4 * num_frames, 16 * height,
@@ -332,10 +286,10 @@ class MagiHumanTurboDecoder3d(nn.Module):
         hidden_states = F.silu(rms_norm(hidden_states))
 
         if self.upsampler2d_1 is None:
-            return unpatchify(self.conv_out(hidden_states), self.patch_size)
+            return unpatchify(self.conv_out(hidden_states), PATCH_SIZE)
 
         hidden_states = apply_to_frames(self.upsampler2d_1, hidden_states)
-        hidden_states = F.pixel_shuffle(hidden_states.transpose(1, 2), self.patch_size).transpose(1, 2)
+        hidden_states = F.pixel_shuffle(hidden_states.transpose(1, 2), PATCH_SIZE).transpose(1, 2)
         return self.conv_out(F.silu(rms_norm(hidden_states)))
 
 
@@ -357,14 +311,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_is_dw_conv (`tuple[bool, ...]`):
             Whether the residual blocks of each block, and of the middle block, have depthwise separable convolutions.
         decoder_dw_kernel_size (`int`, defaults to 5): Kernel size of the depthwise convolutions.
-        decoder_causal (`bool`, defaults to `False`): Only `False` is possible.
-        patch_size (`int`, defaults to 2):
-            Height and width of the square of pixels that is folded into channels. Only 2 is possible.
-        patch_size_t (`int`, defaults to 1): Only 1 is possible.
         resnet_norm_eps (`float`, defaults to 1e-6): Epsilon of the norms on the shortcuts; the others have 1e-8.
-        scaling_factor (`float`, defaults to 1.0): Only 1 is possible: the latents are scaled by `latents_std`.
-        spatial_compression_ratio (`int`, defaults to 16): Pixels per latent in height and in width.
-        temporal_compression_ratio (`int`, defaults to 4): Frames per latent frame after the first.
         use_unpatchify (`bool`, defaults to `True`):
             Whether the last convolution gives patches; if not, a convolution and a pixel shuffle come before it.
         first_chunk_size (`int`, defaults to 7): Latent frames that the first window decodes.
@@ -377,8 +324,12 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean (`tuple[float, ...]`): Mean of each latent channel. Applied by the pipelines, not in here.
         latents_std (`tuple[float, ...]`): Standard deviation of each latent channel. Likewise.
 
+    Attributes:
+        spatial_compression_ratio (`int`): Pixels per latent in height and in width, 16 in the published model.
+        temporal_compression_ratio (`int`): Frames per latent frame after the first, 4 in the published model.
+
     Raises:
-        ValueError: For a value named as not possible above, and for tuples whose lengths do not agree.
+        ValueError: For tuples whose lengths do not agree.
     """
 
     _supports_gradient_checkpointing = False
@@ -397,13 +348,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_spatio_only: tuple[bool, ...] = (False, True, False, False),
         decoder_is_dw_conv: tuple[bool, ...] = (False, False, False, False, False),
         decoder_dw_kernel_size: int = 5,
-        decoder_causal: bool = False,
-        patch_size: int = 2,
-        patch_size_t: int = 1,
         resnet_norm_eps: float = 1e-6,
-        scaling_factor: float = 1.0,
-        spatial_compression_ratio: int = 16,
-        temporal_compression_ratio: int = 4,
         use_unpatchify: bool = True,
         first_chunk_size: int = 7,
         step_size: int = 7,
@@ -415,14 +360,6 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_std: tuple[float, ...] = LATENTS_STD,  # noqa: ARG002
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("decoder_causal", decoder_causal, False),
-            ("patch_size", patch_size, 2),
-            ("patch_size_t", patch_size_t, 1),
-            ("scaling_factor", scaling_factor, 1.0),
-        ):
-            if value != allowed:
-                raise ValueError(f"`{name}` must be {allowed}, but is {value}.")
         num_blocks = len(decoder_block_out_channels)
         for name, value, length in (
             ("decoder_layers_per_block", decoder_layers_per_block, num_blocks + 1),
@@ -440,7 +377,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.quant_conv = None
         if encoder_base_dim is not None:
             self.encoder = WanEncoder3d(
-                in_channels=in_channels * patch_size**2,
+                in_channels=in_channels * PATCH_SIZE**2,
                 dim=encoder_base_dim,
                 z_dim=2 * latent_channels,
                 dim_mult=list(encoder_dim_mult),
@@ -458,12 +395,12 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
             spatio_only=decoder_spatio_only,
             is_dw_conv=decoder_is_dw_conv,
             dw_kernel_size=decoder_dw_kernel_size,
-            patch_size=patch_size,
             resnet_norm_eps=resnet_norm_eps,
             use_unpatchify=use_unpatchify,
         )
-        self.spatial_compression_ratio = spatial_compression_ratio
-        self.temporal_compression_ratio = temporal_compression_ratio
+        scalings = list(zip(decoder_spatio_temporal_scaling, decoder_spatio_only, strict=True))
+        self.spatial_compression_ratio = PATCH_SIZE * 2 ** sum(upsample for upsample, _ in scalings)
+        self.temporal_compression_ratio = 2 ** sum(upsample and not only for upsample, only in scalings)
         self.first_chunk_size = first_chunk_size
         self.step_size = step_size
         self.use_slicing = False
@@ -471,6 +408,16 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         # Eight tiles of 1088x1920.
         self.tile_sample_min_height = 544
         self.tile_sample_min_width = 480
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        for name, value in ORIGINAL_OPTIONS.items():
+            if config_dict.get(name, value) != value:
+                raise ValueError(f"`{name}` must be {value}, but is {config_dict[name]} in the config.")
+        # The two ratios follow from the blocks.
+        ignored = {*ORIGINAL_OPTIONS, "spatial_compression_ratio", "temporal_compression_ratio"}
+        config_dict = {name: value for name, value in config_dict.items() if name not in ignored}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def enable_tiling(
         self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
@@ -499,7 +446,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        x = patchify(x, self.config.patch_size)
+        x = patchify(x, PATCH_SIZE)
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         # The encoder changes both in place. The hooks of offloading would replace plain lists by copies.
         feat_cache = UserList([None] * num_convs)
@@ -519,8 +466,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             x (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`):
                 Videos in [-1, 1]; height and width are multiples of 16. An image is a video of one frame.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return an `AutoencoderKLOutput` instead of a plain tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` instead of a tuple.
 
         Returns:
             `AutoencoderKLOutput` or `tuple`:
@@ -532,9 +478,8 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         if self.encoder is None:
             raise ValueError(
-                "This model has no encoder, as its config has `encoder_base_dim=None`. For the encoder of Wan 2.2, "
-                "create it with `encoder_base_dim=160` and load `encoder.*` and `quant_conv.*` of the state dict of "
-                "Wan 2.2's `AutoencoderKLWan`, or encode with that model."
+                "This model has no encoder (`encoder_base_dim=None`). Take that of an AutoencoderKLWan along, by "
+                "`load_original_turbo_vae(encoder=...)`."
             )
         if x.shape[2] % self.temporal_compression_ratio != 1:
             raise ValueError(
@@ -569,22 +514,18 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_padding = num_missing if num_missing > 0 else num_missing % self.step_size
         z = torch.cat([z, z[:, :, -1:].expand(-1, -1, num_padding, -1, -1)], dim=2)
 
+        tile_size = (self.tile_sample_min_height, self.tile_sample_min_width)
+        tiling = {"tile_size": tile_size} if self.use_tiling else {}
         ends = range(self.first_chunk_size, z.shape[2] + 1, self.step_size)
         for start, end in zip([0, *ends], ends, strict=False):
             is_first, is_last = start == 0, end == z.shape[2]
-            num_before = 0 if is_first else 1
-            num_after = 0 if is_last else 1
-            frames = self._decode_window(z[:, :, start - num_before : end + num_after], is_first)
+            num_before, num_after = int(not is_first), int(not is_last)
+            window = z[:, :, start - num_before : end + num_after]
+            samples = window.split(1) if self.use_slicing else [window]
+            frames = torch.cat([self.decoder(sample, is_first_chunk=is_first, **tiling) for sample in samples])
             num_cut = num_padding if is_last else num_after
             stop = frames.shape[2] - num_cut * self.temporal_compression_ratio
             yield frames[:, :, num_before * self.temporal_compression_ratio : stop]
-
-    def _decode_window(self, z: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
-        tiling = {}
-        if self.use_tiling:
-            tiling["tile_size"] = (self.tile_sample_min_height, self.tile_sample_min_width)
-        samples = z.split(1) if self.use_slicing else [z]
-        return torch.cat([self.decoder(sample, is_first_chunk=is_first_chunk, **tiling) for sample in samples])
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
@@ -594,13 +535,11 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`):
                 Latents, not normalised: `z * latents_std + latents_mean` of what a transformer gives.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a `DecoderOutput` instead of a plain tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` instead of a tuple.
 
         Returns:
-            `DecoderOutput` or `tuple`:
-                Videos `(batch_size, out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but
-                not clamped.
+            `DecoderOutput` or `tuple`: Videos `(batch_size, out_channels, 4 * num_frames - 3, 16 * height,
+            16 * width)`, about in [-1, 1] but not clamped.
         """
         decoded = torch.cat(list(self.decode_windows(z)), dim=2)
 
@@ -615,19 +554,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """
-        Encode videos and decode them again.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`): Videos in [-1, 1].
-            sample_posterior (`bool`, *optional*, defaults to `False`):
-                Whether to draw the latents instead of taking the mode of their distribution.
-            return_dict (`bool`, *optional*, defaults to `True`): See [`~AutoencoderKLMagiHumanTurbo.decode`].
-            generator (`torch.Generator`, *optional*): Generator of the draw.
-
-        Returns:
-            `DecoderOutput` or `tuple`: Videos of the shape of `sample`.
-        """
+        """Encode videos, draw latents by `generator` or take the mode of their distribution, and decode them again."""
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)

@@ -139,8 +139,10 @@ class MagiHumanComponentsMixin:
         self.vae_scale_factor_temporal = 4
         self.vae_scale_factor_spatial = 16
         if self.vae is not None:
-            config = self.vae.config
-            self.vae_scale_factor_temporal = config.get("scale_factor_temporal") or config.temporal_compression_ratio
+            is_wan = "scale_factor_temporal" in self.vae.config
+            self.vae_scale_factor_temporal = (
+                self.vae.config.scale_factor_temporal if is_wan else self.vae.temporal_compression_ratio
+            )
             self.vae_scale_factor_spatial = self.vae.spatial_compression_ratio
         self.audio_sampling_rate = self.audio_vae.config.sampling_rate if self.audio_vae is not None else 44100
         self.audio_hop_length = self.audio_vae.hop_length if self.audio_vae is not None else 2048

@@ -1,16 +1,4 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The flow scheduler of MagiHuman: the noise level lives here alone, since the model never sees a timestep."""
 
 from typing import Any
@@ -43,11 +31,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        flow_shift: float = 5.0,
-        sampler: str = "unipc",
-        solver_order: int = 2,
+        self, num_train_timesteps: int = 1000, flow_shift: float = 5.0, sampler: str = "unipc", solver_order: int = 2
     ) -> None:
         if sampler not in ("unipc", "renoise"):
             raise ValueError(f"`sampler`={sampler!r} must be 'unipc' or 'renoise'.")
@@ -115,20 +99,15 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
             variance_noise (`torch.Tensor`, *optional*): That noise itself, of the shape of `sample`.
             return_dict (`bool`, defaults to `True`): Whether to return a `SchedulerOutput` instead of a tuple.
 
-        Returns:
-            `SchedulerOutput` or `tuple`: The sample at the next noise level.
-
         Raises:
             `ValueError`: `set_timesteps` was not called.
         """
         if self.config.sampler == "unipc":
             return super().step(model_output, timestep, sample, return_dict=return_dict)
-
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
         if self.step_index is None:
             self._init_step_index(timestep)
-
         sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         denoised = sample - sigma * model_output
         if variance_noise is None:
@@ -136,10 +115,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
             variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         prev_sample = sigma_next * variance_noise + (1 - sigma_next) * denoised
         self._step_index += 1
-
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
@@ -147,10 +123,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         """
         Mixes samples with noise, `(1 - sigma) * sample + sigma * noise`, as Diffusers' other flow schedulers do.
 
-        Args:
-            sample (`torch.Tensor`): Clean samples, batch first.
-            timestep (`torch.Tensor` of shape `(batch_size,)`): Timesteps out of `timesteps`.
-            noise (`torch.Tensor`, *optional*): Noise of the shape of `sample`; drawn if left out.
+        `timestep` of shape `(batch_size,)` is out of `timesteps`; noise of the shape of `sample` is drawn if left out.
         """
         if noise is None:
             noise = randn_tensor(sample.shape, device=sample.device, dtype=sample.dtype)

