@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import Any
 
 import diffusers
@@ -72,18 +73,16 @@ DEFAULT_NEGATIVE_PROMPT = (
 @dataclass
 class MagiHumanPipelineOutput(BaseOutput):
     """
-    Output of the MagiHuman pipelines.
+    Videos at 25 frames a second, and their audio.
 
     Args:
-        frames (`torch.Tensor`, `np.ndarray`, `list[list[PIL.Image.Image]]` or `list[Iterator[np.ndarray]]`):
-            Videos at 25 frames a second: `(batch_size, num_frames, height, width, 3)` for `"np"`,
-            `(batch_size, num_frames, 3, height, width)` for `"pt"`, both in [0, 1]; a list of frames for each video
-            for `"pil"`; for `"stream"` an iterator for each, which decodes the frames of `"np"` as it is consumed;
-            latents `(batch_size, channels, latent_frames, latent_height, latent_width)` for `"latent"`.
-        audio (`torch.Tensor` or `np.ndarray`, *optional*):
-            `(batch_size, 2, num_samples)` in about [-1, 1] at the pipeline's `audio_sampling_rate`, a tensor for
-            `"pt"` and else an array; latents `(batch_size, audio_length, channels)` for `"latent"`; `None` where a
-            video without audio was upscaled.
+        frames (`torch.Tensor`, `np.ndarray` or `list`): `(batch_size, num_frames, height, width, 3)` for `"np"`,
+            `(batch_size, num_frames, 3, height, width)` for `"pt"`, both in [0, 1]; lists of images for `"pil"`;
+            iterators that decode the frames of `"np"` as they are consumed for `"stream"`; latents
+            `(batch_size, channels, latent_frames, latent_height, latent_width)` for `"latent"`.
+        audio (`torch.Tensor` or `np.ndarray`, *optional*): `(batch_size, 2, num_samples)` in about [-1, 1] at the
+            pipeline's `audio_sampling_rate`; latents `(batch_size, audio_length, channels)` for `"latent"`; `None` if
+            a video without audio was upscaled.
     """
 
     frames: Frames
@@ -257,16 +256,9 @@ def encode_audio(
     num_frames: int | None = None,
 ) -> torch.Tensor:
     """
-    Encodes audio in windows of 29 seconds, sampling from the autoencoder as the original does.
-
-    Args:
-        audio (`torch.Tensor` of shape `(2, num_samples)`, or a list): At `audio_vae.hop_length` samples a latent.
-        generator (`torch.Generator` or a list, one for each item, *optional*): Draws the samples.
-        device (`torch.device`): Where to encode.
-        num_frames (`int`, *optional*): Latents to which each item is cut, or padded with silence.
-
-    Returns:
-        `torch.Tensor` of shape `(num_items, num_frames, channels)`: 25 latents a second, float32.
+    Encodes audio `(2, num_samples)` of `audio_vae.hop_length` samples a latent, or a list of it, in windows of 29
+    seconds: float32 `(num_items, num_frames, channels)`, 25 a second. Samples from the autoencoder as the original
+    does, by one generator or one for each item; with `num_frames` each is cut to it first, or padded with silence.
     """
     vae, hop_length = pipe.audio_vae, pipe.audio_vae.hop_length
 
@@ -409,14 +401,12 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             audio_vae=audio_vae,
         )
         if text_encoder is not None:
-            # Its layers are one level below, where Diffusers' group offloading by blocks does not look by itself; goes
-            # when that looks there, or reads the names of blocks that models of Transformers have.
+            # Its layers are one level below; goes when Diffusers' group offloading by blocks looks there by itself.
             text_encoder._group_offload_block_modules = ["encoder"]
-        self.vae_scale_factor_temporal, self.vae_scale_factor_spatial = 4, 16
-        if vae is not None:
-            # `AutoencoderKLWan` and the published Turbo VAE name the same ratio differently.
-            ratio = vae.config.get("scale_factor_temporal") or vae.config.temporal_compression_ratio
-            self.vae_scale_factor_temporal, self.vae_scale_factor_spatial = ratio, vae.spatial_compression_ratio
+        self.vae_scale_factor_temporal = 4
+        if vae is not None:  # whose two classes keep this ratio in different places
+            self.vae_scale_factor_temporal = vae.config.get("scale_factor_temporal") or vae.temporal_compression_ratio
+        self.vae_scale_factor_spatial = 16 if vae is None else vae.spatial_compression_ratio
         self.audio_sampling_rate = 44100 if audio_vae is None else audio_vae.config.sampling_rate
         self.audio_hop_length = 2048 if audio_vae is None else audio_vae.hop_length
         self.audio_vae_sampling_rate = self.audio_hop_length * FRAME_RATE
@@ -440,11 +430,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
 
         Args:
             pipeline (`DiffusionPipeline`): The other pipeline.
-            dtype (`torch.dtype`, *optional*):
-                Casts all components, those of the other pipeline with them. Without it every one stays as it is,
-                unlike in Diffusers, which casts to float32: some are float32 on purpose and others are large.
-            kwargs: Components and settings that differ: between low and high resolution `transformer` and `scheduler`,
-                between base and distilled also `is_distilled`.
+            dtype (`torch.dtype`, *optional*): Casts all components, those of the other pipeline with them. By default
+                every one stays as it is, unlike in Diffusers: some are float32 on purpose and others are large.
+            kwargs: Components and settings that differ, such as `transformer` and `is_distilled`.
         """
         if dtype is not None:
             return super().from_pipe(pipeline, dtype=dtype, **kwargs)
@@ -479,33 +467,17 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         components = load_original_components(path_or_repo, variant, dtype, **kwargs)
         return cls(**components, **cls.original_variants[variant])
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def audio_guidance_scale(self) -> float:
-        return self._audio_guidance_scale
+    # Those of the running call; callbacks set the first, and `_interrupt`.
+    guidance_scale = property(attrgetter("_guidance_scale"))
+    audio_guidance_scale = property(attrgetter("_audio_guidance_scale"))
+    num_timesteps = property(attrgetter("_num_timesteps"))
+    current_timestep = property(attrgetter("_current_timestep"))
+    attention_kwargs = property(attrgetter("_attention_kwargs"))
+    interrupt = property(attrgetter("_interrupt"))
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1 or self._audio_guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        return self._current_timestep
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._attention_kwargs
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def latent_shapes(self, batch_size: int, num_frames: int, height: int, width: int) -> tuple[tuple, tuple]:
         """Shapes of the latents of a video in pixels, and of its audio."""
@@ -539,11 +511,10 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
                 raise ValueError(f"`{name}`={size} must be a multiple of {multiple}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
-        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs`={callback_on_step_end_tensor_inputs!r} may only have some of"
-                f" {self._callback_tensor_inputs}."
-            )
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                allowed = self._callback_tensor_inputs
+                raise ValueError(f"`callback_on_step_end_tensor_inputs` has {name!r}, which is not in {allowed}.")
         num_prompts = check_prompts(self.transformer.config.text_in_channels, **prompts)
 
         lacks_negative = self.do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None
@@ -552,20 +523,15 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         missing = sorted({name for name in needed if getattr(self, name) is None})
         if missing:
             raise ValueError(
-                f"This call needs {missing}, which the pipeline was loaded without. Load them, or pass embeddings (with"
-                " guidance also negative ones) instead of prompts, latents, and `output_type='latent'`."
+                f"This call needs {missing}, which the pipeline was loaded without. Without them it takes embeddings"
+                " (and with guidance negative ones) and latents, and `output_type='latent'`."
             )
         is_turbo = isinstance(self.vae, AutoencoderKLMagiHumanTurbo)
         if "vae" in encodes and is_turbo and self.vae.encoder is None:
-            raise ValueError(
-                "`image` and `video` need a `vae` that encodes, but this AutoencoderKLMagiHumanTurbo has no encoder."
-                " Load it with `load_original_turbo_vae(encoder=...)`, or take an AutoencoderKLWan."
-            )
+            raise ValueError("`image` and `video` need a `vae` that encodes, but this one was loaded without encoder.")
         if output_type == "stream" and not is_turbo:
-            raise ValueError(
-                "`output_type`='stream' needs an AutoencoderKLMagiHumanTurbo as `vae`, which decodes in windows, but"
-                f" that is {type(self.vae).__name__}."
-            )
+            vae = type(self.vae).__name__
+            raise ValueError(f"`output_type`='stream' needs an AutoencoderKLMagiHumanTurbo as `vae`, not {vae}.")
         return num_prompts
 
     def encode_prompt(
@@ -585,21 +551,20 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         Encodes prompts, each alone as the original does, rounded to float16.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): Prompts; not needed with `prompt_embeds`.
-            negative_prompt (`str` or `list[str]`, *optional*): What to steer away from; a default covers faults of the
-                picture, of the audio and of the delivery.
+            prompt, negative_prompt (`str` or `list[str]`, *optional*): What to show, and to steer away from, by default
+                faults of the picture, of the audio and of the delivery.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
             num_videos_per_prompt (`int`, defaults to 1): How often each embedding is repeated.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings to use.
+                *optional*): In place of the prompts.
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
                 *optional*): True for real tokens; all are real if left out.
             max_sequence_length (`int`, defaults to 640): Embeddings of further tokens are cut off, with a warning.
             device (`torch.device`, *optional*): Where to encode.
 
         Returns:
-            `tuple`: Float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, and
-            both for the negative prompts, which are `None` without guidance.
+            `tuple`: Float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then
+            both for the negative prompts, `None` without guidance.
         """
         device = device or self._execution_device
         if prompt_embeds is None:
@@ -657,20 +622,10 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Denoises video and audio together; the scheduler of the pipeline stays as it is.
+        Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
 
-        Args:
-            latents, audio_latents (`torch.Tensor`): Latents of video and audio at the first noise level.
-            text (`tuple`): What [`~MagiHumanPipeline.encode_prompt`] returns.
-            num_inference_steps (`int`): Number of steps.
-            guidance_at (`Callable`): Gives the guidance of the video at a timestep.
-            generator (`torch.Generator` or a list, *optional*): Draws the noise of a scheduler that wants any.
-            image_latents (`torch.Tensor`, *optional*): Latents of the first frame, which stays as it is.
-            moves_audio (`bool`, defaults to `True`): Whether the audio is denoised, or stays as it is.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: Those of the call.
-
-        Returns:
-            `tuple`: Latents of video and audio.
+        `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as they are,
+        so does the audio unless it moves, and the scheduler of the pipeline, which is copied.
         """
         # Both solvers keep a state of their own.
         scheduler, audio_scheduler = copy.deepcopy(self.scheduler), copy.deepcopy(self.scheduler)

@@ -103,14 +103,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         **shared: Any,
     ) -> int:
         """
-        Checks everything that can be checked before any model runs; see [`MagiHumanPipeline.check_inputs`] for the
-        rest of the arguments.
-
-        Returns:
-            `int`: Number of prompts.
-
-        Raises:
-            `ValueError`: Names the argument, its value and what is allowed.
+        Checks everything before any model runs; [`MagiHumanPipeline.check_inputs`] takes `shared`. Raises a
+        `ValueError` that names the argument, its value and what is allowed. Returns the number of prompts.
         """
         check_numbers(num_frames=num_frames, num_videos_per_prompt=num_videos_per_prompt)
         check_numbers(guidance_scale=self.guidance_scale, audio_guidance_scale=self.audio_guidance_scale)
@@ -217,55 +211,50 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
     ) -> MagiHumanPipelineOutput | tuple:
         r"""
-        Generates videos with sound.
+        Generates videos with audio.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*):
-                What to show and to say: a description of 150 to 200 words, then `Dialogue:` and `Background Sound:`.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to steer away from, with guidance only. The default covers faults of the picture, of the sound and
-                of the delivery.
-            image (path, PIL image, array, tensor or a list of these, *optional*):
-                First frame, one for all or one for each prompt; cropped at the centre to the aspect of the video.
-            audio (path, `(waveform, sampling_rate)` or a list of these, *optional*):
-                Sound that drives the video, one for all or one for each prompt; it stays as given. A waveform has
-                shape `(num_samples,)` or `(channels, num_samples)`.
+            prompt (`str` or `list[str]`, *optional*): What to show and to say: a description of 150 to 200 words, then
+                `Dialogue:` and `Background Sound:`.
+            negative_prompt (`str` or `list[str]`, *optional*): What to steer away from, with guidance only; by default
+                faults of the picture, of the audio and of the delivery.
+            image (path, PIL image, array, tensor or a list of these, *optional*): First frame, one for all or one for
+                each prompt; cropped at the centre to the aspect of the video.
+            audio (path, `(waveform, sampling_rate)` or a list of these, *optional*): Drives the video and stays as
+                given, one for all or one for each prompt; `(num_samples,)` or `(channels, num_samples)`.
             height, width (`int`, *optional*): Size in pixels, multiples of 32. Default to the model's, 256 and 448.
-            num_frames (`int`, *optional*):
-                Length at 25 frames a second; the sound gets exactly this length, the video the nearest `4 * k + 1`
-                frames below. Defaults to the length of `audio`, or the model's, 126. `audio` is cut or padded with
-                silence to it.
+            num_frames (`int`, *optional*): Length at 25 frames a second; the audio gets exactly this length, cut or
+                padded with silence if given, the video the nearest `4 * k + 1` frames below. Defaults to the length of
+                `audio`, or the model's, 126.
             num_inference_steps (`int`, *optional*): Defaults to 32, or 8 when distilled.
-            guidance_scale, audio_guidance_scale (`float`, *optional*):
-                Guidance of video and sound, off at 1 for both. Default to 5.0, or 1.0 when distilled.
-            low_noise_guidance_scale (`float`, *optional*):
-                Guidance of the video in the lower half of the timesteps. Defaults to 2.0 or less, `guidance_scale`.
+            guidance_scale, audio_guidance_scale (`float`, *optional*): Guidance of video and audio, off at 1 for both.
+                Default to 5.0, or 1.0 when distilled.
+            low_noise_guidance_scale (`float`, *optional*): Guidance of the video in the lower half of the timesteps.
+                Defaults to 2.0 or less, `guidance_scale`.
             num_videos_per_prompt (`int`, defaults to 1): Videos for each prompt.
             generator (`torch.Generator` or a list, one for each video, *optional*): Makes the result deterministic.
-            latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`,
-                *optional*): Initial noise of the video.
-            audio_latents (`torch.Tensor` of shape `(batch_size, num_frames, channels)`, *optional*): Initial noise of
-                the sound.
-            image_latents, conditioning_audio_latents (`torch.Tensor`, *optional*):
-                Normalised latents in place of `image` `(num_items, channels, 1, latent_height, latent_width)` and of
-                `audio` `(num_items, num_frames, channels)`.
+            latents, audio_latents (`torch.Tensor`, *optional*): Initial noise of video `(batch_size, channels,
+                latent_frames, latent_height, latent_width)` and audio `(batch_size, num_frames, channels)`.
+            image_latents, conditioning_audio_latents (`torch.Tensor`, *optional*): Normalised latents in place of
+                `image` `(num_items, channels, 1, latent_height, latent_width)` and of `audio`
+                `(num_items, num_frames, channels)`.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings in place of the prompts, see [`~MagiHumanAudioVideoPipeline.encode_prompt`].
+                *optional*): Embeddings in place of the prompts, see [`~MagiHumanPipeline.encode_prompt`].
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
                 *optional*): True for real tokens; padding may stand on either side.
-            output_type (`str`, defaults to `"np"`):
-                `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that are decoded as they are consumed,
-                for example by [`export_to_mp4`].
+            output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
+                are decoded as they are consumed, for example by [`export_to_mp4`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; may
+                return a `dict` of tensors that it changed.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors that it is given.
             max_sequence_length (`int`, defaults to 640): Text tokens used.
 
         Examples:
 
         Returns:
-            [`MagiHumanPipelineOutput`] or `tuple`: Frames and sound.
+            [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio.
 
         Raises:
             `ValueError`: An argument is wrong; raised before any model runs.

@@ -124,14 +124,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         **shared: Any,
     ) -> int:
         """
-        Checks everything that can be checked before any model runs; see [`MagiHumanPipeline.check_inputs`] for the
-        rest of the arguments.
-
-        Returns:
-            `int`: Number of videos for each prompt.
-
-        Raises:
-            `ValueError`: Names the argument, its value and what is allowed.
+        Checks everything before any model runs; [`MagiHumanPipeline.check_inputs`] takes `shared`. Raises a
+        `ValueError` that names the argument, its value and what is allowed. Returns the number of videos for each prompt.
         """
         check_numbers(guidance_scale=self.guidance_scale, **numbers)
         check_forms(True, latents=latents, video=videos)
@@ -272,54 +266,50 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         Upscales videos.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*):
-                The prompt of the video, one for all or for each; several for one video upscale it once for each.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to steer away from, with guidance only. The default covers faults of the picture, of the sound and
-                of the delivery.
-            video (path, array, tensor, list of frames or a list of these, *optional*):
-                Video in low resolution, see [`~media.load_videos`]: 25 frames a second, `4 * k + 1` of them, height
-                and width multiples of 16. In place of `latents`.
-            image (path, PIL image, array, tensor or a list of these, *optional*):
-                The first frame in high resolution, one for all or one for each video; cropped at the centre to the
-                aspect of the video.
-            audio (path, `(waveform, sampling_rate)` or a list of these, *optional*):
-                Sound of the video, cut or padded with silence to its length and else returned as it is.
+            prompt (`str` or `list[str]`, *optional*): The prompt of the video, one for all or for each; several for
+                one video upscale it once for each.
+            negative_prompt (`str` or `list[str]`, *optional*): What to steer away from, with guidance only; by default
+                faults of the picture, of the audio and of the delivery.
+            video (path, array, tensor, list of frames or a list of these, *optional*): In place of `latents`, see
+                [`~media.load_videos`]: `4 * k + 1` frames, 25 a second, height and width multiples of 16.
+            image (path, PIL image, array, tensor or a list of these, *optional*): The first frame in high resolution,
+                one for all or one for each video; cropped at the centre to the aspect of the video.
+            audio (path, `(waveform, sampling_rate)` or a list of these, *optional*): Audio of the video, cut or padded
+                with silence to its length and else returned as it is.
             latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`,
                 *optional*): Normalised latents of Wan 2.2's autoencoder, as [`MagiHumanAudioVideoPipeline`] and
                 `WanPipeline` give with `output_type="latent"`.
-            audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, channels)`, *optional*):
-                Latents of the sound in place of `audio`, also one for all. Without either the video is upscaled
-                without sound.
+            audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, channels)`, *optional*): In place of
+                `audio`, also one for all. Without either the video is upscaled without audio.
             image_latents (`torch.Tensor` of shape `(num_items, channels, 1, height / 16, width / 16)`, *optional*):
                 Normalised latents in place of `image`.
-            height, width (`int`, *optional*):
-                Size in pixels, multiples of 32 and not less than now. Default to those saved with the pipeline.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32 and not less than now. Default to those
+                saved with the pipeline.
             num_inference_steps (`int`, defaults to 5): Number of steps.
             guidance_scale (`float`, defaults to 1.0): Guidance, off at 1; the original uses 3.5 where it is on.
-            leading_guidance_scale (`float`, defaults to 2.0):
-                Guidance of the first `num_leading_frames` latent frames, at most `guidance_scale`.
+            leading_guidance_scale (`float`, defaults to 2.0): Guidance of the first `num_leading_frames` latent
+                frames, at most `guidance_scale`.
             num_leading_frames (`int`, defaults to 13): Number of these frames.
             noise_level (`int`, defaults to 220): How much noise is added, from 0 to 999 for nothing but noise.
-            audio_noise_scale (`float`, defaults to 0.7): Share of noise in the sound that the transformer sees.
+            audio_noise_scale (`float`, defaults to 0.7): Share of noise in the audio that the transformer sees.
             generator (`torch.Generator` or a list, one for each video, *optional*): Makes the result deterministic.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings in place of the prompts, those of [`MagiHumanAudioVideoPipeline`].
+                *optional*): Embeddings in place of the prompts, see [`~MagiHumanPipeline.encode_prompt`].
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
                 *optional*): True for real tokens; padding may stand on either side.
-            output_type (`str`, defaults to `"np"`):
-                `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that are decoded as they are consumed,
-                for example by [`export_to_mp4`].
+            output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
+                are decoded as they are consumed, for example by [`export_to_mp4`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; may
+                return a `dict` of tensors that it changed.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors that it is given.
             max_sequence_length (`int`, defaults to 640): Text tokens used.
 
         Examples:
 
         Returns:
-            [`MagiHumanPipelineOutput`] or `tuple`: Frames and sound; with `"latent"` the sound's latents as given.
+            [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio; with `"latent"` the audio's latents as given.
 
         Raises:
             `ValueError`: An argument is wrong; raised before any model runs.
