@@ -203,6 +203,13 @@ def repeat(items: torch.Tensor | list, batch_size: int) -> torch.Tensor | list:
     return [item for item in items for _ in range(times)]
 
 
+def repeat_embeds(
+    embeds: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+    return repeat(embeds.to(device), batch_size), repeat(mask.to(device, torch.bool), batch_size)
+
+
 def latent_statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and inverse standard deviation of the channels, `(1, channels, 1, 1, 1)`."""
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
@@ -316,11 +323,14 @@ def predict_velocity(
     Predicts the velocity of video and audio; the branches, `"cond"` and with guidance `"uncond"`, run one after the
     other, each unpadded. `context` goes to the caches of the transformer.
     """
-    kwargs = {"attention_kwargs": pipe.attention_kwargs, "return_dict": False}
     velocities = []
     for name, (embeds, mask) in branches.items():
+        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         with pipe.transformer.cache_context(name, **context):
-            velocities.append(pipe.transformer(latents, audio_latents, embeds, mask, **kwargs))
+            velocity = pipe.transformer(
+                latents, audio_latents, **text, attention_kwargs=pipe.attention_kwargs, return_dict=False
+            )
+        velocities.append(velocity)
     if len(velocities) == 1:
         return velocities[0]
     scales = (guidance_scale, pipe.audio_guidance_scale)
@@ -551,8 +561,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         Encodes prompts, each alone as the original does, rounded to float16.
 
         Args:
-            prompt, negative_prompt (`str` or `list[str]`, *optional*): What to show, and to steer away from, by default
-                faults of the picture, of the audio and of the delivery.
+            prompt, negative_prompt (`str` or `list[str]`, *optional*): What to show, and to steer away from;
+                by default faults of the picture, of the audio and of the delivery.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
             num_videos_per_prompt (`int`, defaults to 1): How often each embedding is repeated.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
@@ -576,16 +586,11 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             negative_prompt_embeds, negative_prompt_embeds_mask = encode_texts(
                 self, texts, max_sequence_length, device
             )
-
-        def repeat_embeds(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            mask = torch.ones(embeds.shape[:2]) if mask is None else mask
-            size = len(embeds) * num_videos_per_prompt
-            return repeat(embeds.to(device), size), repeat(mask.to(device, torch.bool), size)
-
-        prompt_embeds, prompt_embeds_mask = repeat_embeds(prompt_embeds, prompt_embeds_mask)
+        batch_size = len(prompt_embeds) * num_videos_per_prompt
+        prompt_embeds, prompt_embeds_mask = repeat_embeds(prompt_embeds, prompt_embeds_mask, batch_size, device)
         if do_classifier_free_guidance:
             negative_prompt_embeds, negative_prompt_embeds_mask = repeat_embeds(
-                negative_prompt_embeds, negative_prompt_embeds_mask
+                negative_prompt_embeds, negative_prompt_embeds_mask, batch_size, device
             )
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
 
@@ -624,7 +629,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         """
         Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
 
-        `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as they are,
+        `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as is,
         so does the audio unless it moves, and the scheduler of the pipeline, which is copied.
         """
         # Both solvers keep a state of their own.

@@ -125,7 +125,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
     ) -> int:
         """
         Checks everything before any model runs; [`MagiHumanPipeline.check_inputs`] takes `shared`. Raises a
-        `ValueError` that names the argument, its value and what is allowed. Returns the number of videos for each prompt.
+        `ValueError` that names the argument, its value and what is allowed. Returns how many videos a prompt has.
         """
         check_numbers(guidance_scale=self.guidance_scale, **numbers)
         check_forms(True, latents=latents, video=videos)
