@@ -354,17 +354,17 @@ def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str) -> Frames
     """Decodes normalised latents to frames, see [`MagiHumanPipelineOutput`]."""
     if output_type == "stream":
         return [pipe.stream_frames(sample) for sample in latents.split(1)]
-    videos = []
-    for sample in latents.split(1):
+
+    def decode_sample(sample: torch.Tensor) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
         # Each window leaves the device as soon as it is done, unless tensors are wanted.
-        windows = [pipe.video_processor.postprocess_video(each, output_type) for each in decode_windows(pipe, sample)]
+        process = pipe.video_processor.postprocess_video
+        windows = [process(window, output_type)[0] for window in decode_windows(pipe, sample)]
         if output_type == "pil":
-            videos.append([frame for window in windows for frame in window[0]])
-        else:
-            videos.append(torch.cat(windows, dim=1) if output_type == "pt" else np.concatenate(windows, axis=1))
-    if output_type == "pil":
-        return videos
-    return torch.cat(videos) if output_type == "pt" else np.concatenate(videos)
+            return [frame for window in windows for frame in window]
+        return torch.cat(windows) if output_type == "pt" else np.concatenate(windows)
+
+    videos = [decode_sample(sample) for sample in latents.split(1)]
+    return videos if output_type == "pil" else torch.stack(videos) if output_type == "pt" else np.stack(videos)
 
 
 def decode_audio(pipe: Any, audio_latents: torch.Tensor, output_type: str) -> Audio:

@@ -144,17 +144,9 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         """
         Draws the initial noise, the audio's before the video's as the original does, unless it is given.
 
-        Args:
-            batch_size (`int`): Number of videos.
-            num_frames (`int`): Frames of the video, and latents of the audio.
-            height, width (`int`): Size of the video in pixels.
-            generator (`torch.Generator` or a list of them, *optional*): Draws the noise.
-            device (`torch.device`): Where the latents go.
-            latents, audio_latents (`torch.Tensor`, *optional*): Latents to use as they are.
-
         Returns:
             `tuple`: Float32 latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)`
-            and of the audio `(batch_size, num_frames, audio_channels)`.
+            and of the audio `(batch_size, num_frames, audio_channels)`; height and width are in pixels.
         """
         shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
         if audio_latents is None:

@@ -209,8 +209,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             height, width (`int`): Size of the video in high resolution, in pixels.
             noise_level (`int`): Index into [`zero_snr_signal_scales`].
             audio_noise_scale (`float`): Share of noise in the audio.
-            generator (`torch.Generator` or a list of them, *optional*): Draws the noise.
-            device (`torch.device`): Where the latents go.
 
         Returns:
             `tuple`: Float32 latents of the video in high resolution, and of the audio that the transformer sees.
