@@ -129,30 +129,23 @@ def check_lengths(num_prompts: int, batch_size: int, generator: Generators, **it
             raise ValueError(f"`{name}` has {len(values)} items, but must have {allowed}.")
 
 
-def check_prompts(
-    text_channels: int,
-    *,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    prompt_embeds: torch.Tensor | None,
-    prompt_embeds_mask: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
-    negative_prompt_embeds_mask: torch.Tensor | None,
-) -> int:
-    """There must be one form of each prompt, of the right shape; returns the number of prompts."""
-    check_forms(True, prompt=prompt, prompt_embeds=prompt_embeds)
-    check_forms(False, negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
-    prompts = prompt_embeds if prompt is None else prompt if isinstance(prompt, list) else [prompt]
-    if prompt is not None and not (prompts and all(isinstance(text, str) and text.strip() for text in prompts)):
+def check_prompts(text_channels: int, prompts: dict[str, Any]) -> int:
+    """The arguments about prompts, by name, must give each in one form, of the right shape; returns their number."""
+    prompt, embeds = prompts["prompt"], prompts["prompt_embeds"]
+    check_forms(True, prompt=prompt, prompt_embeds=embeds)
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if prompt is not None and not (texts and all(isinstance(text, str) and text.strip() for text in texts)):
         raise ValueError(f"`prompt`={prompt!r} must be a non-empty string or a list of them.")
-    num_prompts = len(prompts)
+    num_prompts = len(texts if embeds is None else embeds)
+
+    negative_prompt = prompts["negative_prompt"]
+    check_forms(False, negative_prompt=negative_prompt, negative_prompt_embeds=prompts["negative_prompt_embeds"])
     texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt] * num_prompts
-    if len(texts) != num_prompts or not (negative_prompt is None or all(isinstance(text, str) for text in texts)):
+    are_texts = negative_prompt is None or all(isinstance(text, str) for text in texts)
+    if len(texts) != num_prompts or not are_texts:
         raise ValueError(f"`negative_prompt`={negative_prompt!r} must be a string or a list of {num_prompts} strings.")
-    for name, embeds, mask in (
-        ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
-        ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
-    ):
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        embeds, mask = prompts[name], prompts[f"{name}_mask"]
         if embeds is not None:
             check_tensor(name, embeds, (num_prompts, None, text_channels))
         if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
@@ -510,7 +503,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         **prompts: Any,
     ) -> int:
         """
-        Checks what both pipelines take, see [`check_prompts`] for `prompts`, and returns the number of prompts.
+        Checks what both pipelines take, the arguments about prompts in `prompts`; returns the number of prompts.
         `encodes` and `decodes` name the autoencoders that the call needs, the latter unless it returns latents.
         """
         check_numbers(height=height, width=width)
@@ -525,7 +518,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             if name not in self._callback_tensor_inputs:
                 allowed = self._callback_tensor_inputs
                 raise ValueError(f"`callback_on_step_end_tensor_inputs` has {name!r}, which is not in {allowed}.")
-        num_prompts = check_prompts(self.transformer.config.text_in_channels, **prompts)
+        num_prompts = check_prompts(self.transformer.config.text_in_channels, prompts)
 
         lacks_negative = self.do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None
         texts = ("tokenizer", "text_encoder") if prompts["prompt"] is not None or lacks_negative else ()

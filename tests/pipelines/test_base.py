@@ -319,6 +319,7 @@ def test_from_pipe_shares_components_and_keeps_their_dtypes(tiny_pipeline, tiny_
         ({"prompt": None}, "Exactly one of .*'prompt'"),
         ({"prompt_embeds": torch.zeros(1, 3, 16)}, "Exactly one of .*'prompt_embeds'"),
         ({"negative_prompt": ["a", "b"]}, "`negative_prompt`"),
+        ({"negative_prompt": False}, "`negative_prompt`"),
         (
             {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 3, 16)},
             "At most one of .*'negative_prompt'",
