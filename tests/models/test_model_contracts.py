@@ -1,12 +1,9 @@
 """What Diffusers expects of every model, and its own testers check, as far as no other file tests it."""
 
-import copy
-import inspect
 import json
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from diffusers.utils import constants
 from helpers import make_inputs, make_tiny_model
 from make_tiny_pipeline import make_turbo_vae
@@ -83,16 +80,6 @@ def test_weights_on_disk_give_the_same_output(tmp_path):
     assert torch.equal(output.sample, expected.sample) and torch.equal(output["audio_sample"], expected[1])
 
 
-def test_config_is_read_from_the_config_alone(model_and_inputs):
-    model, _ = model_and_inputs
-    name = next(iter(inspect.signature(type(model)).parameters))
-    assert not hasattr(type(model), name)
-    with pytest.warns(FutureWarning, match=f"Accessing config attribute `{name}` directly"):
-        assert getattr(model, name) == model.config[name]
-    with pytest.raises(AttributeError, match=f"'{type(model).__name__}' object has no attribute 'nothing'"):
-        _ = model.nothing
-
-
 # Training
 
 
@@ -140,30 +127,6 @@ def test_vae_trains_without_gradient_checkpointing():
     assert all(gradient.any() for name, gradient in gradients.items() if name.startswith("decoder"))
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         vae.enable_gradient_checkpointing()
-
-
-def test_moving_average_of_the_weights(tmp_path):
-    model, inputs = make_tiny_model().train(), make_inputs()
-    start = copy.deepcopy(model.state_dict())
-    average = EMAModel(model.parameters(), decay=0.75, model_cls=type(model), model_config=model.config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):  # the first step of an average only copies, and the second has a decay of 2 / 11
-        loss_and_gradients(model, inputs)
-        optimizer.step()
-        average.step(model.parameters())
-    trained = copy.deepcopy(model.state_dict())
-
-    average.store(model.parameters())
-    average.copy_to(model.parameters())
-    averaged = model.video_embedder.weight.detach()
-    for weights in (start, trained):
-        assert (averaged - weights["video_embedder.weight"]).abs().max() > 1e-6
-    average.save_pretrained(tmp_path)
-    loaded = EMAModel.from_pretrained(tmp_path, model_cls=type(model))
-    pairs = zip(loaded.shadow_params, model.parameters(), strict=True)
-    assert loaded.decay == 0.75 and all(torch.equal(*pair) for pair in pairs)
-    average.restore(model.parameters())
-    assert all(torch.equal(weight, trained[name]) for name, weight in model.state_dict().items())
 
 
 # Attention processors
