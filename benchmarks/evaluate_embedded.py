@@ -41,6 +41,7 @@ root = Path(__file__).resolve().parent
 sys.path.insert(0, str(root.parent / "examples" / "training"))
 
 import world  # noqa: E402
+from diffusers_magihuman.embedded import EMBEDDED_MODELS  # noqa: E402
 from recipe import save_sheet, to_frames, to_tensor  # noqa: E402
 from recognise import (  # noqa: E402
     STEP,
@@ -54,7 +55,6 @@ from recognise import (  # noqa: E402
 )
 
 from diffusers_magihuman import embedded_model, export_to_mp4  # noqa: E402
-from diffusers_magihuman.embedded import EMBEDDED_MODELS  # noqa: E402
 
 
 PARTS = [

@@ -25,15 +25,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderOobleck, DiffusionPipeline
-from transformers import T5GemmaConfig, T5GemmaEncoderModel
-from turbo_vae import git_commit, hardware
-
-from diffusers_magihuman import (
-    AutoencoderKLMagiHumanTurbo,
-    MagiHumanAudioVideoPipeline,
-    MagiHumanFlowScheduler,
-    MagiHumanTransformer3DModel,
-)
 from diffusers_magihuman.plan import (
     GIB,
     SETTINGS,
@@ -49,6 +40,15 @@ from diffusers_magihuman.plan import (
     published_pipeline,
     setting_lines,
     weights_on_gpu,
+)
+from transformers import T5GemmaConfig, T5GemmaEncoderModel
+from turbo_vae import git_commit, hardware
+
+from diffusers_magihuman import (
+    AutoencoderKLMagiHumanTurbo,
+    MagiHumanAudioVideoPipeline,
+    MagiHumanFlowScheduler,
+    MagiHumanTransformer3DModel,
 )
 
 

@@ -52,7 +52,7 @@ from diffusers_magihuman import (
     load_audio,
 )
 from diffusers_magihuman.media import crop_to_aspect, read_video
-from diffusers_magihuman.pipeline_components import DEFAULT_NEGATIVE_PROMPT
+from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
 from diffusers_magihuman.training import drop_text, flow_matching_loss, sample_noise_levels
 
 

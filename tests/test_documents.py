@@ -14,7 +14,7 @@ from layouts import write_external_repositories, write_repositories
 from make_tiny_pipeline import make_transformer
 from peft import LoraConfig
 
-from diffusers_magihuman.hub import write_repository_code
+from diffusers_magihuman.tools.hub import write_repository_code
 
 
 ROOT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import AutoTokenizer, GemmaTokenizer, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-from diffusers_magihuman.pipeline_components import DEFAULT_NEGATIVE_PROMPT
+from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
 
 
 HIDDEN_SIZE = 128

@@ -10,9 +10,9 @@ import diffusers
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .lora import MagiHumanLoraLoaderMixin
 from .media import export_to_mp4, load_audio
+from .pipeline_base import MagiHumanPipelineOutput
 from .pipeline_magihuman import MagiHumanAudioVideoPipeline
 from .pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
-from .pipeline_output import MagiHumanPipelineOutput
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .tools.embedded import embedded_model
 from .transformer_magihuman import QUANTIZATION_SKIP_MODULES, MagiHumanTransformer3DModel

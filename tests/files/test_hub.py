@@ -170,7 +170,7 @@ def test_repositories_load_with_the_package(hub, tiny_distilled_pipeline, tiny_u
         tmp_path,
         f"""
 import diffusers_magihuman
-from diffusers_magihuman.cli import main
+from diffusers_magihuman.tools.cli import main
 for name in ("tiny", "tiny-upscale"):
     pipe = DiffusionPipeline.from_pretrained(f"magihuman/{{name}}")
     assert type(pipe).__module__.split(".")[0] == "diffusers_magihuman"

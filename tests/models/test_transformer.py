@@ -7,7 +7,7 @@ from helpers import make_inputs, make_tiny_model
 from safetensors import safe_open
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
-from diffusers_magihuman.plan import MemoryTracker
+from diffusers_magihuman.tools.plan import MemoryTracker
 from diffusers_magihuman.transformer_magihuman import (
     ClampedGELU,
     ClampedSwiGLU,

@@ -21,7 +21,7 @@ from diffusers_magihuman import (
     MagiHumanTransformer3DModel,
 )
 from diffusers_magihuman.checkpoints import convert_checkpoint, load_original_transformer, load_text_encoder
-from diffusers_magihuman.cli import main
+from diffusers_magihuman.tools.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_parts_left_out_are_given_when_loading(source, parts, tmp_path):
 
 @pytest.mark.slow
 def test_killed_run_leaves_nothing_that_looks_finished(source, tmp_path):
-    command = [sys.executable, "-c", "import sys; from diffusers_magihuman.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from diffusers_magihuman.tools.cli import main; sys.exit(main())"]
     command = [str(part) for part in [*command, "convert", source, tmp_path / "out", "--max-shard-size", "2KB"]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob(".out.*.incomplete/transformer/*.safetensors")):

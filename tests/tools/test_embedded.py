@@ -11,8 +11,8 @@ from recognise import measure_mouth, measure_pitch, recognise_look, recognise_vo
 
 import diffusers_magihuman
 from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline, embedded_model, load_audio
-from diffusers_magihuman.cli import main
 from diffusers_magihuman.media import read_video
+from diffusers_magihuman.tools.cli import main
 from diffusers_magihuman.tools.embedded import EMBEDDED_MODELS
 
 

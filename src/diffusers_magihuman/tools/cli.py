@@ -12,14 +12,15 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from ..autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
-from ..checkpoints import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VARIANTS, VIDEO_VAE, convert_checkpoint
-from ..embedded import embedded_model
-from ..hub import CARD_VARIANTS, make_model_card, write_file
+from ..conversion import VARIANTS
+from ..loading import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VIDEO_VAE
 from ..media import check_mp4_path, export_to_mp4, has_audio, load_images, load_videos, read_audio
-from ..pipeline_components import FRAME_RATE
+from ..pipeline_base import FRAME_RATE, MagiHumanPipelineOutput
 from ..pipeline_magihuman import MagiHumanAudioVideoPipeline
 from ..pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
-from ..pipeline_output import MagiHumanPipelineOutput
+from .convert import convert_checkpoint
+from .embedded import embedded_model
+from .hub import CARD_VARIANTS, make_model_card, write_file
 from .plan import format_calls, format_plan, plan_call
 
 

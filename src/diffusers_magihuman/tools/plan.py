@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import T5GemmaConfig, T5GemmaEncoderModel
 
 from ..autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
-from ..checkpoints import UPSCALE_SIZES, variant_config
-from ..pipeline_components import FRAME_RATE, MAX_SEQUENCE_LENGTH
+from ..conversion import UPSCALE_SIZES, variant_config
+from ..pipeline_base import FRAME_RATE, MAX_SEQUENCE_LENGTH
 from ..pipeline_magihuman import MagiHumanAudioVideoPipeline
 from ..pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from ..scheduling_magihuman_flow import MagiHumanFlowScheduler
@@ -211,7 +211,7 @@ def make_stages(pipe: DiffusionPipeline, height: int, width: int, num_frames: in
         velocities += pipe.transformer(latents, audio_latents, texts[0], return_dict=False)
 
     def decode_video() -> None:
-        for window in pipe._decode_windows(zeros(shape)):
+        for window in pipe.decode_windows(zeros(shape)):
             pipe.video_processor.postprocess_video(window, output_type="pt")
 
     input_ids, audio = (1, MAX_SEQUENCE_LENGTH), (2, num_frames * pipe.audio_hop_length)
