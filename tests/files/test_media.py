@@ -18,7 +18,16 @@ from golden import DATA
 from helpers import peak_frequency, read_frames, read_header, read_sound, run_ffmpeg
 from safetensors.torch import load_file
 
-from diffusers_magihuman.media import AAC_SAMPLING_RATES, export_to_mp4, has_audio, load_audio, resample_audio
+from diffusers_magihuman.media import (
+    AAC_SAMPLING_RATES,
+    crop_to_aspect,
+    export_to_mp4,
+    has_audio,
+    load_audio,
+    load_videos,
+    read_video,
+    resample_audio,
+)
 
 
 NUM_FRAMES, HEIGHT, WIDTH = 13, 62, 98  # even, but no multiples of 16
@@ -92,9 +101,9 @@ def test_sound_survives(mp4):
 @pytest.mark.parametrize("seconds", [0.1, 5.0])
 def test_sound_and_picture_end_together(tmp_path, fps, seconds):
     path = export_to_mp4(make_frames(), tmp_path / "video.mp4", make_sine(seconds=seconds), fps=fps)
-    num_frames, _ = imageio_ffmpeg.count_frames_and_secs(path)
+    num_frames, duration = imageio_ffmpeg.count_frames_and_secs(path)
     sound = read_sound(path)
-    assert num_frames == NUM_FRAMES
+    assert num_frames == NUM_FRAMES and duration == pytest.approx(NUM_FRAMES / fps, abs=0.006)
     assert len(sound) == round(NUM_FRAMES * 44100 / fps)
     assert (np.abs(sound[-2048:]).max() < 1e-3) == (seconds < NUM_FRAMES / fps)  # padded with silence, or cut
 
@@ -282,6 +291,33 @@ def test_a_file_too_large_leaves_the_old_file(tmp_path, num_frames):
 
 
 # Reading
+
+
+def test_every_kind_of_video_gives_the_same_floats():
+    floats = make_frames()
+    expected = torch.from_numpy(floats).permute(0, 3, 1, 2)
+    for video in (floats, list(floats), expected, floats.astype(np.float64), [expected[0], *floats[1:]]):
+        assert torch.equal(*load_videos([video, video], 25))
+        assert torch.equal(load_videos(video, 25)[0], expected)
+    assert torch.equal(torch.stack(load_videos(np.stack([floats, floats]), 25)), torch.stack([expected, expected]))
+    integers = (floats * 255).astype(np.uint8)
+    for video in (integers, [PIL.Image.fromarray(frame) for frame in integers]):
+        assert torch.equal(load_videos(video, 25)[0], torch.from_numpy(integers).permute(0, 3, 1, 2) / 255)
+
+
+def test_a_video_that_is_read_is_the_one_in_the_file(tmp_path, mp4):
+    frames, rate = read_video(mp4)
+    assert frames.shape == (NUM_FRAMES, HEIGHT, WIDTH, 3) and rate == 25
+    assert np.abs(frames.astype(np.float32) - make_frames() * 255).mean() < 3
+    assert torch.equal(load_videos(mp4, 25)[0], torch.from_numpy(frames).permute(0, 3, 1, 2) / 255)
+    slow = export_to_mp4(make_frames(2), tmp_path / "slow.mp4", fps=24)
+    with pytest.raises(ValueError, match="`video` has 24 frames a second"):
+        load_videos([mp4, slow], 25)
+
+
+@pytest.mark.parametrize(("size", "box"), [((99, 25), (33, 25)), ((25, 99), (25, 18))])
+def test_crops_have_truncated_sizes(size, box):
+    assert crop_to_aspect(PIL.Image.new("RGB", size), 48, 64).size == box
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "m4a", "mkv"])
