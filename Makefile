@@ -23,4 +23,4 @@ bench:
 NANO_BUDGET ?= 360
 
 nano:
-	bash examples/training/nano.sh $(NANO_BUDGET)
+	bash examples/nano/nano.sh $(NANO_BUDGET)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of `magihuman convert` on a synthetic checkpoint with the 331 full-size names, about 6 GB in all.
 
     python benchmarks/convert_checkpoint.py WORK_DIRECTORY [--heads 18]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure frame-local attention, float32, random weights: a whole step, a layer by frames, and ways to compute it.
 
     python benchmarks/local_attention.py step [--device cuda]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure what each memory setting needs and how long it takes, and compare with what `magihuman plan` says.
 
     python benchmarks/memory.py table --size mid [--device cuda]   # markdown: each setting, planned and measured

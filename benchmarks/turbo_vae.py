@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time the full-size Turbo VAE (107M, random weights, float32) decoding, 256x448 unless told, whole or in tiles.
 
     python benchmarks/turbo_vae.py --num-frames 125 [--height 1088 --width 1920 --tiling] [--device cuda]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of a LoRA on a folder of clips: it learns, goes on where it stopped, and follows a stored trajectory.
 
 `python tests/test_train_lora.py` stores the trajectory anew.

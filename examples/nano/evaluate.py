@@ -1,23 +1,11 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Measures the embedded models on prompts of combinations that they were not trained on, with fixed seeds.
 
-    python benchmarks/evaluate_embedded.py
-    python benchmarks/evaluate_embedded.py --parts upscale seconds    # these alone, the others stay as they were
+    python examples/nano/evaluate.py
+    python examples/nano/evaluate.py --parts upscale seconds    # these alone, the others stay as they were
 
 Writes `embedded.json`, every number in it, and `embedded.png`, a contact sheet, beside this file. What recognises
-looks and syllables is `examples/training/recognise.py`; its own errors, on drawn clips, are in the results, too.
+looks and syllables is `examples/nano/recognise.py`; its own errors, on drawn clips, are in the results, too.
 """
 
 import argparse

@@ -1,23 +1,11 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains a sound autoencoder, Diffusers' `AutoencoderOobleck`, in two independent halves: 25 latents a second.
 
 What a latent says is settled first, by an analysis of the voice's pitch, phase and spectrum. Then the decoder learns
 to speak from it and the encoder learns to compute it. Trained together they get no further than the few principal
 components of a waveform that eight numbers hold: the phase of a pitch is hard to come upon, and easy to learn.
 
-    python examples/training/train_audio_vae.py --data data/128 --output runs/audio_vae
+    python examples/nano/train_audio_vae.py --data data/128 --output runs/audio_vae
 """
 
 import itertools

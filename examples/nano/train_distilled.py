@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Distils the base transformer to 8 steps without guidance, by distribution matching (DMD2, arXiv 2405.14867).
 
-    python examples/training/train_distilled.py --data cache/128 --base runs/base --text runs/text_encoder \\
+    python examples/nano/train_distilled.py --data cache/128 --base runs/base --text runs/text_encoder \\
         --video-vae runs/video_vae --output runs/distilled
 
 The student generates in steps of the distilled scheduler and learns in one of them, drawn for each batch. Noise is

@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains the base transformer by flow matching, on video, sound and text together.
 
-    python examples/training/train_transformer.py --data cache/128 --text runs/text_encoder --output runs/base
+    python examples/nano/train_transformer.py --data cache/128 --text runs/text_encoder --output runs/base
 
 Some samples are shown their first frame, some their sound, and some batches the negative prompt in place of their
 text: so the model learns to follow an image or a voice, and to be guided.
