@@ -77,7 +77,7 @@ def test_every_script_has_a_test():
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= {name.removeprefix("test_") for name in tests}
 
 
-def test_make_tiny_pipeline(run_example, tmp_path):
+def test_make_tiny_pipeline(run_example):
     run_example("make_tiny_pipeline", "tiny", "--distilled")
     run_example("make_tiny_pipeline", "tiny-upscale", "--upscale")
     assert DiffusionPipeline.from_pretrained("tiny").config.is_distilled

@@ -35,11 +35,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the recipes' outputs")
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument(
-        "--share",
-        action="store_true",
-        help="leave out of base and upscale what they have in common with distilled, as the package's data does",
-    )
     arguments = parser.parse_args()
 
     # 1. Load
@@ -88,11 +83,6 @@ def main() -> None:
     shutil.rmtree(new, ignore_errors=True)
     for name, pipe in pipelines.items():
         pipe.save_pretrained(new / name)
-    if arguments.share:
-        for part in ("base/tokenizer", "base/text_encoder", "base/audio_vae"):
-            shutil.rmtree(new / part)
-        for part in ("upscale/tokenizer", "upscale/text_encoder", "upscale/audio_vae", "upscale/vae"):
-            shutil.rmtree(new / part)
 
     # 3. Replace what was there, but for the card
     for file in arguments.output.glob("*.md"):

@@ -4,14 +4,13 @@
     python examples/nano/evaluate.py
     python examples/nano/evaluate.py --parts upscale seconds    # these alone, the others stay as they were
 
-Writes `embedded.json`, every number in it, and `embedded.png`, a contact sheet, beside this file. What recognises
-looks and syllables is `examples/nano/recognise.py`; its own errors, on drawn clips, are in the results, too.
+Writes `benchmarks/embedded.json`, every number in it, and `embedded.png`, a contact sheet, beside it. What recognises
+looks and syllables is `recognise.py`; its own errors, on drawn clips, are in the results, too.
 """
 
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,15 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import world
 from diffusers import DiffusionPipeline
-
-
-root = Path(__file__).resolve().parent
-sys.path.insert(0, str(root.parent / "examples" / "training"))
-
-import world  # noqa: E402
-from recipe import save_sheet, to_frames, to_tensor  # noqa: E402
-from recognise import (  # noqa: E402
+from recipe import save_sheet, to_frames, to_tensor
+from recognise import (
     STEP,
     SyllableReader,
     edit_distance,
@@ -41,8 +35,10 @@ from recognise import (  # noqa: E402
     train_syllable_reader,
 )
 
-from diffusers_magihuman import embedded_model, export_to_mp4  # noqa: E402
-from diffusers_magihuman.embedded import EMBEDDED_MODELS  # noqa: E402
+from diffusers_magihuman import embedded_model, export_to_mp4
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 PARTS = [
@@ -188,8 +184,7 @@ def measure_seconds(pipe: DiffusionPipeline, clips: list[world.Clip]) -> dict[st
             export_to_mp4(output.frames[0], file, audio=output.audio[0], sampling_rate=pipe.audio_sampling_rate)
             times.append(time.perf_counter() - started)
         started = time.perf_counter()
-        command = [sys.executable, "-m", "diffusers_magihuman.cli", "generate", clips[0].prompt, "-o", str(file)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(["magihuman", "generate", clips[0].prompt, "-o", file], check=True, capture_output=True)
     return {"loaded": float(np.median(times)), "command": time.perf_counter() - started}
 
 
@@ -199,7 +194,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=200, help="prompts, default: %(default)s")
     parser.add_argument("--few", type=int, default=20, help="clips of the slower measurements, default: %(default)s")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
-    parser.add_argument("--output", type=Path, default=root / "embedded.json", help="default: beside this file")
+    parser.add_argument(
+        "--output", type=Path, default=BENCHMARKS / "embedded.json", help="default: benchmarks/embedded.json"
+    )
     arguments = parser.parse_args()
     counts = {"clips": arguments.clips, "few": arguments.few}
     results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.parts != PARTS else {}
@@ -213,7 +210,9 @@ def main() -> None:
     few = clips[: arguments.few]
     with torch.enable_grad():
         reader = train_syllable_reader()
-    pipes = {name: DiffusionPipeline.from_pretrained(embedded_model(name)) for name in EMBEDDED_MODELS}
+    pipes = {
+        name: DiffusionPipeline.from_pretrained(embedded_model(name)) for name in ("base", "distilled", "upscale")
+    }
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     distilled = pipes["distilled"]
