@@ -66,7 +66,7 @@ def measure_clips(
         `dict`: Share of clips in which each attribute is right; syllable errors by syllables; and mean correlations
         of the mouth's opening with that of the prompt's syllables, and with that of what is heard in each frame.
     """
-    right, errors, with_prompt, with_sound = defaultdict(list), [], [], []
+    right, errors, with_prompt, with_audio = defaultdict(list), [], [], []
     openings = np.array([vowel.mouth[1] for vowel in (world.CLOSED, *world.SYLLABLES.values())])
     times = np.arange(world.NUM_FRAMES) / world.FRAME_RATE
     for scene, frames, voice in zip(scenes, videos, voices, strict=True):
@@ -78,12 +78,12 @@ def measure_clips(
             correlate(mouth, world.mouth_track(scene, times, world.NUM_FRAMES / world.FRAME_RATE)[:, 1])
         )
         labels = reader(torch.from_numpy(voice)[None]).argmax(dim=1)[0].numpy()
-        with_sound.append(correlate(mouth, openings[labels[np.round(times * world.SAMPLING_RATE / STEP).astype(int)]]))
+        with_audio.append(correlate(mouth, openings[labels[np.round(times * world.SAMPLING_RATE / STEP).astype(int)]]))
     return {
         **{name: float(np.mean(values)) for name, values in right.items()},
         "syllable_error_rate": sum(errors) / sum(len(scene.syllables) for scene in scenes),
         "mouth_correlation": float(np.mean(with_prompt)),
-        "mouth_sound_correlation": float(np.mean(with_sound)),
+        "mouth_sound_correlation": float(np.mean(with_audio)),
     }
 
 
@@ -107,7 +107,7 @@ def generate(
             **{name: values[batch] for name, values in conditions.items()},
         )
         videos += [np.round(frames * 255).astype(np.uint8) for frames in output.frames]
-        voices += [to_voice(sound) for sound in output.audio]
+        voices += [to_voice(audio) for audio in output.audio]
     return videos, voices
 
 
@@ -234,7 +234,7 @@ def main() -> None:
             values, sheets["_upscale"] = measure_upscale(pipes["upscale"], few, large)
             return values
         images = [clip.frames[0].astype(np.float32) / 255 for clip in few]
-        sounds = [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]
+        audios = [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]
         # A picture and a sound that the prompt contradicts: those of one clip, and the prompt of the next.
         others = few[1:] + few[:1]
         mixed = [
@@ -244,9 +244,9 @@ def main() -> None:
         own = [clip.scene for clip in few]
         prompts, scenes, given = {
             "image_driven": (few, own, {"image": images}),
-            "audio_driven": (few, own, {"audio": sounds}),
+            "audio_driven": (few, own, {"audio": audios}),
             "image_against_prompt": (others, mixed, {"image": images}),
-            "audio_against_prompt": (few, mixed, {"audio": sounds[1:] + sounds[:1]}),
+            "audio_against_prompt": (few, mixed, {"audio": audios[1:] + audios[:1]}),
         }.get(part, (clips, [clip.scene for clip in clips], {}))
         videos, voices = generate(pipes.get(part, distilled), prompts, **given)
         if part == "distilled":

@@ -88,10 +88,10 @@ def measure_pitch(voice: np.ndarray) -> float:
     return world.SAMPLING_RATE / (shortest + (peaks & (candidates >= 0.9 * candidates.max())).argmax())
 
 
-def to_voice(sound: np.ndarray) -> np.ndarray:
+def to_voice(audio: np.ndarray) -> np.ndarray:
     """Sound of a pipeline, `(channels, samples)` of two seconds, as a voice of the world at 51,200 Hz."""
     num_samples = world.NUM_FRAMES * world.SAMPLING_RATE // world.FRAME_RATE
-    return resample_audio(torch.from_numpy(sound), num_samples).mean(dim=0).numpy()
+    return resample_audio(torch.from_numpy(audio), num_samples).mean(dim=0).numpy()
 
 
 def recognise_voice(voice: np.ndarray) -> str:

@@ -93,7 +93,7 @@ def main() -> None:
             given, text = batch[:2], texts.embed(batch.prompts)
             held_frame = torch.zeros_like(batch.latents[:, :1, :, :1, :1], dtype=torch.bool)
             held_frame[:, 0, 0, 0, 0] = batch.has_frame
-            held = (held_frame, batch.has_sound[:, None, None])
+            held = (held_frame, batch.has_audio[:, None, None])
             learns = number == arguments.critic_steps
             levels = sample_noise_levels(arguments.batch_size, "uniform", 3.0, device=run.device)
             with run.accelerator.autocast(), torch.set_grad_enabled(learns):
@@ -107,7 +107,7 @@ def main() -> None:
                         *text,
                         levels,
                         image_probability=batch.has_frame.float(),
-                        audio_probability=batch.has_sound.float(),
+                        audio_probability=batch.has_audio.float(),
                     )
                 run.update("critic", loss.loss)
                 continue
