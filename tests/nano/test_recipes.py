@@ -53,7 +53,7 @@ RECIPES = {
     ),
     "distilled": (
         train_distilled,
-        "--data cache/128 --base runs/base --text runs/text_encoder --video-vae runs/video_vae --batch-size 8"
+        "--data cache/128 --base runs/base --text runs/text_encoder --video-vae runs/video_vae --batch-size 2"
         " --critic-steps 1 --learning-rate 4e-3",
         ["transformer/diffusion_pytorch_model.safetensors"],
         "critic_loss",
