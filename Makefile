@@ -1,4 +1,4 @@
-.PHONY: style quality test bench nano
+.PHONY: style quality test slow bench nano
 
 sources = src tests examples benchmarks setup.py
 
@@ -13,11 +13,19 @@ quality:
 test:
 	python -m pytest
 
+slow:
+	python -m pytest -m slow
+
+# What fits a CPU, a quarter of an hour and 15 GB of disk; benchmarks/gpu.py runs what needs a GPU.
 bench:
-	python benchmarks/turbo_vae.py
+	python benchmarks/turbo_vae.py --num-frames 29
+	python benchmarks/local_attention.py step
+	python benchmarks/local_attention.py variants
+	python benchmarks/memory.py table --size tiny
+	folder=$$(mktemp -d) && python benchmarks/convert_checkpoint.py $$folder; rm -rf $$folder
 
 # Minutes on two cores; the models of the package had more.
 NANO_BUDGET ?= 360
 
 nano:
-	bash examples/training/nano.sh $(NANO_BUDGET)
+	bash examples/nano/nano.sh $(NANO_BUDGET)

@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "diffusers>=0.41",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "torch>=2.10",
         "accelerate>=1.4",
         "safetensors>=0.8",

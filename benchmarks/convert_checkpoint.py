@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of `magihuman convert` on a synthetic checkpoint with the 331 full-size names, about 6 GB in all.
 
     python benchmarks/convert_checkpoint.py WORK_DIRECTORY [--heads 18]
@@ -18,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+from common import peak_gib, print_result, timed
 from safetensors.torch import save_file
-from turbo_vae import git_commit, hardware
 
 from diffusers_magihuman.checkpoints import (
     ROPE_BANDS,
@@ -67,8 +68,7 @@ def write_source(folder: Path, num_heads: int) -> int:
 
 
 def convert(source: Path, output: Path, max_shard_size: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "diffusers_magihuman.cli", "convert", str(source), str(output)]
-    command += ["--variant", "base", "--max-shard-size", max_shard_size]
+    command = ["magihuman", "convert", source, output, "--variant", "base", "--max-shard-size", max_shard_size]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
@@ -109,24 +109,20 @@ def main() -> None:
     source, output = arguments.folder / "source", arguments.folder / "converted"
     total = write_source(source, arguments.heads)
     left = kill_halfway(source, output, arguments.max_shard_size)
-    start = time.perf_counter()
-    if convert(source, output, arguments.max_shard_size).wait() != 0:
+    device = torch.device("cpu")
+    status, seconds = timed(lambda: convert(source, output, arguments.max_shard_size).wait(), device)
+    if status != 0:
         raise SystemExit("The second run failed.")
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    result = {
-        "benchmark": "convert_checkpoint",
-        "hardware": hardware(torch.device("cpu")),
-        "torch": torch.__version__,
-        "commit": git_commit(),
-        "source_gib": round(total / 2**30, 2),
-        "max_shard_size": arguments.max_shard_size,
-        "killed_run_left_gib": round(left / 2**30, 2),
-        "seconds": round(seconds, 1),
-        "peak_gib": round(peak, 2),
-        "tensors_compared": compare(source, output),
-    }
-    print(json.dumps(result))
+    print_result(
+        "convert_checkpoint",
+        device,
+        source_gib=round(total / 2**30, 2),
+        max_shard_size=arguments.max_shard_size,
+        killed_run_left_gib=round(left / 2**30, 2),
+        seconds=round(seconds, 1),
+        peak_gib=round(peak_gib(device, resource.RUSAGE_CHILDREN), 2),
+        tensors_compared=compare(source, output),
+    )
 
 
 if __name__ == "__main__":

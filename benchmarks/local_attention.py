@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure frame-local attention, float32, random weights: a whole step, a layer by frames, and ways to compute it.
 
     python benchmarks/local_attention.py step [--device cuda]
@@ -15,13 +16,11 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from turbo_vae import git_commit, hardware, peak_gib
+from common import peak_gib, print_result, timed
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.transformer_magihuman import MagiHumanAttnProcessor, SequenceLayout
@@ -44,14 +43,6 @@ def make_transformer(device: torch.device) -> MagiHumanTransformer3DModel:
         local_attention_frames=NEIGHBOURS,
     )
     return model.eval().to(device)
-
-
-def timed(function: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
-    start = time.perf_counter()
-    output = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return output, time.perf_counter() - start
 
 
 def run_step(device: torch.device) -> dict:
@@ -174,15 +165,7 @@ def main() -> None:
         "variants": lambda: run_variants(device),
         "plot": plot,
     }
-    result = {
-        "benchmark": f"local_attention {arguments.case}",
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": git_commit(),
-        **cases[arguments.case](),
-    }
-    print(json.dumps(result))
+    print_result(f"local_attention {arguments.case}", device, **cases[arguments.case]())
 
 
 if __name__ == "__main__":

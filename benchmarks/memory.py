@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure what each memory setting needs and how long it takes, and compare with what `magihuman plan` says.
 
     python benchmarks/memory.py table --size mid [--device cuda]   # markdown: each setting, planned and measured
@@ -19,13 +20,20 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import print_result, timed
 from diffusers import AutoencoderOobleck, DiffusionPipeline
-from diffusers_magihuman.plan import (
+from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+from diffusers_magihuman import (
+    AutoencoderKLMagiHumanTurbo,
+    MagiHumanAudioVideoPipeline,
+    MagiHumanFlowScheduler,
+    MagiHumanTransformer3DModel,
+)
+from diffusers_magihuman.tools.plan import (
     GIB,
     SETTINGS,
     Setting,
@@ -40,15 +48,6 @@ from diffusers_magihuman.plan import (
     published_pipeline,
     setting_lines,
     weights_on_gpu,
-)
-from transformers import T5GemmaConfig, T5GemmaEncoderModel
-from turbo_vae import git_commit, hardware
-
-from diffusers_magihuman import (
-    AutoencoderKLMagiHumanTurbo,
-    MagiHumanAudioVideoPipeline,
-    MagiHumanFlowScheduler,
-    MagiHumanTransformer3DModel,
 )
 
 
@@ -179,18 +178,10 @@ def run_stages(size: str, device: torch.device, setting: Setting, lean: bool) ->
             peak = 0
             for _ in range(2 if device.type == "cuda" else 1):
                 reset_peak(device)
-                seconds, _ = timed(stage.run, device)
+                _, seconds = timed(stage.run, device)
                 peak = max(peak, peak_bytes(device) - baseline)
             results[stage.name] = {"measured": peak, "seconds": round(seconds, 2)}
     return results
-
-
-def timed(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    start = time.perf_counter()
-    output = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, output
 
 
 def run_all(size: str, device: torch.device) -> list[dict]:
@@ -280,16 +271,7 @@ def main() -> None:
             wrong = check_results(result)
         else:
             print(format_results(result))
-    summary = {
-        "benchmark": f"memory {arguments.case} {arguments.size}",
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": git_commit(),
-        "beyond_tolerance": wrong,
-        "result": result,
-    }
-    print(json.dumps(summary))
+    print_result(f"memory {arguments.case} {arguments.size}", device, beyond_tolerance=wrong, result=result)
     sys.exit(1 if wrong else 0)
 
 

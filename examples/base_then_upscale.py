@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low resolution, then 540p or 1080p: python examples/base_then_upscale.py MODEL UPSCALE_MODEL"""
 
 import sys
@@ -8,7 +9,6 @@ from diffusers import DiffusionPipeline
 from diffusers_magihuman import export_to_mp4
 
 
-num_frames = int(sys.argv[3]) if len(sys.argv) > 3 else 126
 line = "Welcome to our library."
 prompt = f'A woman in a green jumper says warmly, "{line}"\n\nDialogue:\n<Woman, English>: "{line}"'
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ generator = torch.manual_seed(42)
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype)
 # On a GPU there is only the part that runs.
 pipe.enable_model_cpu_offload() if device == "cuda" else pipe.to(device)
-low = pipe(prompt, num_frames=num_frames, output_type="latent", generator=generator)
+low = pipe(prompt, output_type="latent", generator=generator)
 
 parts = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "vae", "audio_vae")}
 pipe.remove_all_hooks()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture of any text-to-image pipeline begins to speak: python examples/image_then_video.py IMAGE_MODEL MODEL"""
 
 import sys
@@ -9,7 +10,6 @@ from diffusers_magihuman import export_to_mp4
 
 
 image_model, model = sys.argv[1:3]
-num_frames = int(sys.argv[3]) if len(sys.argv) > 3 else 126
 look = "A fisherman with a grey beard and a yellow raincoat on a pier, medium close-up, static camera, soft daylight"
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,5 +23,5 @@ prompt = f"""{look}. He looks into the lens, his brow lifts, and he says slowly 
 Dialogue:\n<Fisherman, English>: "The wind turns at noon."\n
 Background Sound:\n<Gulls far away>"""
 pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
-output = pipe(prompt, image=portrait, num_frames=num_frames, generator=torch.manual_seed(42))
+output = pipe(prompt, image=portrait, generator=torch.manual_seed(42))
 print(export_to_mp4(output.frames[0], "image_then_video.mp4", output.audio[0], sampling_rate=pipe.audio_sampling_rate))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A longer video of clips that begin at the last frame of the one before: python examples/long_video.py MODEL"""
 
 import sys
@@ -9,21 +10,21 @@ from diffusers import DiffusionPipeline
 from diffusers_magihuman import export_to_mp4
 
 
-num_frames = int(sys.argv[2]) if len(sys.argv) > 2 else 125  # 4 * k + 1, so that sound and video are of one length
 lines = "The house was built by my grandfather.", "He laid every stone of it himself.", "And it still stands today."
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype).to(device)
-frames, sound, last_frame, generator = [], None, None, torch.manual_seed(42)
+frames, audio, last_frame, generator = [], None, None, torch.manual_seed(42)
+num_frames = (pipe.config.default_num_frames - 1) // 4 * 4 + 1  # so that sound and video are of one length
 overlap = pipe.audio_sampling_rate // 25  # the sound of the frame that two clips share
 for line in lines:
     prompt = f'An old woman in a blue shawl says calmly, "{line}"\n\nDialogue:\n<Old woman, English>: "{line}"'
     clip = pipe(prompt, image=last_frame, num_frames=num_frames, generator=generator)
-    audio, fade = clip.audio[0], np.linspace(0, 1, overlap, dtype=np.float32)
-    if sound is not None:
-        audio[:, :overlap] = audio[:, :overlap] * fade + sound[:, -overlap:] * (1 - fade)
-    sound = audio if sound is None else np.concatenate([sound[:, :-overlap], audio], axis=1)
+    own, fade = clip.audio[0], np.linspace(0, 1, overlap, dtype=np.float32)
+    if audio is not None:
+        own[:, :overlap] = own[:, :overlap] * fade + audio[:, -overlap:] * (1 - fade)
+    audio = own if audio is None else np.concatenate([audio[:, :-overlap], own], axis=1)
     frames.extend(clip.frames[0][1 if frames else 0 :])
     last_frame = frames[-1]
-print(export_to_mp4(frames, "long_video.mp4", sound, sampling_rate=pipe.audio_sampling_rate))
+print(export_to_mp4(frames, "long_video.mp4", audio, sampling_rate=pipe.audio_sampling_rate))

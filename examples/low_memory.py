@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The leanest settings, for GPUs of 8 GB and more: python examples/low_memory.py MODEL; see also `magihuman plan`."""
 
 import sys
@@ -24,6 +25,5 @@ pipe.enable_group_offload(device, offload_type="leaf_level", **streams)
 pipe.transformer.enable_forward_chunking()
 # Decodes a part of the picture, and a second of the video, at a time.
 pipe.vae.enable_tiling()
-num_frames = int(sys.argv[2]) if len(sys.argv) > 2 else 126
-output = pipe(prompt, num_frames=num_frames, generator=torch.manual_seed(42), output_type="stream")
+output = pipe(prompt, generator=torch.manual_seed(42), output_type="stream")
 print(export_to_mp4(output.frames[0], "low_memory.mp4", output.audio[0], sampling_rate=pipe.audio_sampling_rate))

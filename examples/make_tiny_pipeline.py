@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Writes a complete pipeline of the real classes at toy width with random weights, as a Diffusers directory.
 
-It makes noise in a second on any machine, which is enough to try an installation or to test code:
+It makes a second of noise in 64x96 pixels on any machine, which is enough to try an installation or to test code:
 
     python examples/make_tiny_pipeline.py tiny-magihuman
 """
@@ -110,7 +98,10 @@ def make_transformer(**config: Any) -> MagiHumanTransformer3DModel:
     ).eval()
 
 
-def make_tiny_pipeline(is_distilled: bool = False, use_wan_vae: bool = False) -> MagiHumanAudioVideoPipeline:
+def make_tiny_pipeline(
+    is_distilled: bool = False, use_wan_vae: bool = False, **defaults: int
+) -> MagiHumanAudioVideoPipeline:
+    """`defaults` are the size and the length that are saved with it, those of the full-size model if left out."""
     torch.manual_seed(0)
     tokenizer, text_encoder = make_text_encoder(hidden_size=16)
     return MagiHumanAudioVideoPipeline(
@@ -121,10 +112,11 @@ def make_tiny_pipeline(is_distilled: bool = False, use_wan_vae: bool = False) ->
         vae=make_wan_vae() if use_wan_vae else make_turbo_vae(),
         audio_vae=make_audio_vae(),
         is_distilled=is_distilled,
+        **defaults,
     )
 
 
-def make_tiny_upscale_pipeline() -> MagiHumanLatentUpscalePipeline:
+def make_tiny_upscale_pipeline(default_height: int = 288, default_width: int = 480) -> MagiHumanLatentUpscalePipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = make_text_encoder(hidden_size=16)
     return MagiHumanLatentUpscalePipeline(
@@ -134,8 +126,8 @@ def make_tiny_upscale_pipeline() -> MagiHumanLatentUpscalePipeline:
         scheduler=MagiHumanFlowScheduler(),
         vae=make_turbo_vae(),
         audio_vae=make_audio_vae(),
-        default_height=288,
-        default_width=480,
+        default_height=default_height,
+        default_width=default_width,
     )
 
 
@@ -144,8 +136,12 @@ if __name__ == "__main__":
     parser.add_argument("output", help="directory to write")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--distilled", action="store_true", help="8 stochastic steps without guidance")
-    kind.add_argument("--upscale", action="store_true", help="super-resolution of latents, to 288x480 unless told")
+    kind.add_argument("--upscale", action="store_true", help="super-resolution of latents, to 128x192 unless told")
     arguments = parser.parse_args()
-    pipe = make_tiny_upscale_pipeline() if arguments.upscale else make_tiny_pipeline(arguments.distilled)
+    if arguments.upscale:
+        pipe = make_tiny_upscale_pipeline(default_height=128, default_width=192)
+    else:
+        size = {"default_height": 64, "default_width": 96, "default_num_frames": 25}
+        pipe = make_tiny_pipeline(arguments.distilled, **size)
     pipe.save_pretrained(arguments.output)
     print(arguments.output)

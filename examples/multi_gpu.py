@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One video on several GPUs, or processes of a CPU: torchrun --nproc-per-node 2 examples/multi_gpu.py [MODEL]"""
 
 import sys
@@ -22,7 +23,6 @@ else:
 dtype = {"default": torch.bfloat16 if on_gpus else torch.float32, "audio_vae": torch.float32}
 pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype).to("cuda" if on_gpus else "cpu")
 pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world_size))
-
 # All processes draw the same noise, and the first one alone decodes.
 output = pipe(prompt, generator=torch.manual_seed(42), output_type="np" if rank == 0 else "latent")
 if rank == 0:

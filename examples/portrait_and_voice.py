@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A portrait speaks a given sound: python examples/portrait_and_voice.py MODEL portrait.png speech.wav"""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to video with sound: python examples/text_to_video.py owner/magihuman-distill"""
 
 import sys
@@ -21,5 +22,5 @@ Background Sound:
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype).to(device)
-output = pipe(PROMPT, num_frames=int(sys.argv[2]) if len(sys.argv) > 2 else 126, generator=torch.manual_seed(42))
+output = pipe(PROMPT, generator=torch.manual_seed(42))
 print(export_to_mp4(output.frames[0], "text_to_video.mp4", output.audio[0], sampling_rate=pipe.audio_sampling_rate))

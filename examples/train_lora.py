@@ -1,23 +1,11 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Trains a LoRA of the transformer on a folder of videos with sound and captions.
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a LoRA of the transformer on a folder of videos with audio and captions.
 
     python examples/train_lora.py --data clips --output lora
     python examples/train_lora.py --data clips --output lora --model owner/magihuman-base --mixed-precision bf16 \\
         --gradient-checkpointing
 
-- `clips/a.mp4`, at 25 frames a second and with sound, has its caption in `clips/a.txt`, or in a line
+- `clips/a.mp4`, at 25 frames a second and with audio, has its caption in `clips/a.txt`, or in a line
   `{"file_name": "a.mp4", "text": "..."}` of `clips/metadata.jsonl`
 - each clip is encoded once; later runs of the same model, size and length read it from the cache
 - the frozen weights may be bfloat16, the LoRA is float32; `accelerate launch` trains on several GPUs
@@ -78,13 +66,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--target-modules",
         nargs="+",
         default=["to_q", "to_k", "to_v", "to_out"],
-        help="names of linears, those of one modality as to_q.audio, default: to_q to_k to_v to_out",
+        help="names of linears, those of one modality as audio.to_q, default: to_q to_k to_v to_out",
     )
     add("--weighting", choices=("logit_normal", "uniform"), default="logit_normal", help="default: %(default)s")
     add("--shift", type=float, default=5.0, help="of the noise levels, default: %(default)s")
     add("--text-dropout", type=float, default=0.1, help="how often the text is the negative prompt, default: 0.1")
     add("--image-probability", type=float, default=0.25, help="how often the first frame is given, default: 0.25")
-    add("--audio-probability", type=float, default=0.1, help="how often the sound is given, default: 0.1")
+    add("--audio-probability", type=float, default=0.1, help="how often the audio is given, default: 0.1")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--save-every", type=int, default=100, help="steps, default: %(default)s")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="dtype of the frozen weights, default: no")
@@ -119,7 +107,7 @@ def read_captions(folder: Path) -> dict[Path, str]:
 
     Raises:
         `OSError`: The folder or a clip is missing, or unreadable.
-        `ValueError`: There is no clip; or one has no caption, no sound, or another frame rate.
+        `ValueError`: There is no clip; or one has no caption, no audio, or another frame rate.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"`data` is {str(folder)!r}, but there is no such folder.")
@@ -144,9 +132,9 @@ def read_captions(folder: Path) -> dict[Path, str]:
         except (OSError, StopIteration) as error:
             raise OSError(f"{str(path)!r} holds no readable video.") from error
         if facts["fps"] != FRAME_RATE or "audio_codec" not in facts:
-            sound = "sound" if "audio_codec" in facts else "no sound"
+            audio = "audio" if "audio_codec" in facts else "no audio"
             raise ValueError(
-                f"{str(path)!r} has {facts['fps']:g} frames a second and {sound}; {FRAME_RATE} and sound are needed."
+                f"{str(path)!r} has {facts['fps']:g} frames a second and {audio}; {FRAME_RATE} and audio are needed."
             )
     return dict(sorted(captions.items()))
 
@@ -217,7 +205,7 @@ def encode_clip(pipe: MagiHumanAudioVideoPipeline, path: Path, caption: str, arg
     generator = torch.Generator(device).manual_seed(arguments.seed)
     return {
         "latents": pipe.encode_video(pixels.movedim(1, 0)[None], device)[0],
-        "audio_latents": pipe.encode_sounds([waveform], num_frames, 1, generator, device)[0],
+        "audio_latents": pipe.encode_audio(waveform, generator, device, num_frames)[0],
         "prompt_embeds": encode_text(pipe, caption),
     }
 

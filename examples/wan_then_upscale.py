@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latents of Wan 2.2, without sound, in high resolution: python examples/wan_then_upscale.py WAN_MODEL UPSCALE_MODEL
 
 WAN_MODEL is Wan-AI/Wan2.2-TI2V-5B-Diffusers or another pipeline with the autoencoder of 48 channels.
@@ -11,14 +12,13 @@ from diffusers import DiffusionPipeline
 from diffusers_magihuman import export_to_mp4
 
 
-num_frames = int(sys.argv[3]) if len(sys.argv) > 3 else 49
 prompt = "A lighthouse keeper in a wool cap turns his head to the sea at dawn, medium close-up, static camera."
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 generator = torch.manual_seed(42)
 
 wan = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype["default"]).to(device)
-low = wan(prompt, height=256, width=448, num_frames=num_frames, output_type="latent", generator=generator).frames
+low = wan(prompt, height=256, width=448, num_frames=49, output_type="latent", generator=generator).frames
 del wan
 
 upscale = DiffusionPipeline.from_pretrained(sys.argv[2], dtype=dtype).to(device)

@@ -1,4 +1,5 @@
-"""Pipelines one after the other: every example of chaining runs on tiny models and writes an mp4 that plays."""
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs on tiny models and writes an mp4 that plays."""
 
 import os
 import re
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
+import soundfile
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -22,7 +26,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from helpers import read_frames, read_header, read_sound
-from make_tiny_pipeline import make_text_encoder, make_wan_vae
+from make_tiny_pipeline import make_text_encoder, make_tiny_pipeline, make_tiny_upscale_pipeline, make_wan_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
 import diffusers_magihuman
@@ -30,7 +34,24 @@ from diffusers_magihuman import MagiHumanAudioVideoPipeline
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FRAME_SAMPLES = 1764  # of sound at 44100 Hz, in one frame
+TESTS = Path(__file__).parent
+FRAME_SAMPLES = 1764  # of audio at 44100 Hz, in one frame
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A pipeline whose own size and length are small: the examples name none."""
+    path = tmp_path_factory.mktemp("examples") / "tiny"
+    size = {"default_height": 64, "default_width": 96, "default_num_frames": 9}
+    make_tiny_pipeline(is_distilled=True, **size).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def upscale_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("examples") / "tiny-upscale"
+    make_tiny_upscale_pipeline(default_height=96, default_width=160).save_pretrained(path)
+    return path
 
 
 @pytest.fixture
@@ -43,6 +64,37 @@ def run_example(monkeypatch, tmp_path):
         return tmp_path / f"{name}.mp4"
 
     return run
+
+
+def test_scripts_to_copy_from_are_short():
+    lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert {name for name, length in lengths.items() if length > 30} == {"make_tiny_pipeline", "train_lora"}
+
+
+def test_every_script_has_a_test():
+    """A test here, or a file of its own, is named after each."""
+    tests = {name for name in globals() if name.startswith("test_")} | {path.stem for path in TESTS.glob("test_*.py")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= {name.removeprefix("test_") for name in tests}
+
+
+def test_make_tiny_pipeline(run_example):
+    run_example("make_tiny_pipeline", "tiny", "--distilled")
+    run_example("make_tiny_pipeline", "tiny-upscale", "--upscale")
+    assert DiffusionPipeline.from_pretrained("tiny").config.is_distilled
+    assert DiffusionPipeline.from_pretrained("tiny-upscale").config.default_width == 192
+
+
+def test_text_to_video(run_example, model):
+    video = run_example("text_to_video", model)
+    check_video(video, 9, 64, 96)
+    check_audio(video, 9)
+
+
+def test_portrait_and_voice(run_example, model, tmp_path):
+    """The portrait is the first frame, and the audio sets the length: 0.25 s are 6 frames, of which 5 are made."""
+    PIL.Image.new("RGB", (60, 80), (220, 40, 40)).save(tmp_path / "portrait.png")
+    soundfile.write(tmp_path / "speech.wav", 0.2 * np.sin(np.arange(4000) / 9), 16000)
+    check_audio(run_example("portrait_and_voice", model, "portrait.png", "speech.wav"), 5)
 
 
 def save_text_to_image(path):
@@ -111,47 +163,53 @@ def check_video(path, num_frames, height, width, fps=25):
     return video
 
 
-def check_sound(path, num_frames):
+def check_audio(path, num_frames):
     """The container's length is exact; the stream is padded to whole AAC frames."""
-    sound = read_sound(path)
-    assert 0 <= len(sound) - num_frames * FRAME_SAMPLES < 1024 and sound.std() > 1e-4
-    return sound
+    audio = read_sound(path)
+    assert 0 <= len(audio) - num_frames * FRAME_SAMPLES < 1024 and audio.std() > 1e-4
 
 
-def test_image_then_video(run_example, tiny_pipeline_dir, tmp_path):
+def test_image_then_video(run_example, model, tmp_path):
     save_text_to_image(tmp_path / "image")
-    video = run_example("image_then_video", tmp_path / "image", tiny_pipeline_dir, 5)
-    check_video(video, 5, 256, 448)
-    check_sound(video, 5)
+    video = run_example("image_then_video", tmp_path / "image", model)
+    check_video(video, 9, 64, 96)
+    check_audio(video, 9)
 
 
-def test_base_then_upscale(run_example, tiny_pipeline_dir, tiny_upscale_dir):
-    video = run_example("base_then_upscale", tiny_pipeline_dir, tiny_upscale_dir, 5)
-    check_video(video, 5, 288, 480)
-    check_sound(video, 5)
+def test_base_then_upscale(run_example, model, upscale_model):
+    video = run_example("base_then_upscale", model, upscale_model)
+    check_video(video, 9, 96, 160)
+    check_audio(video, 9)
 
 
-def test_low_memory(run_example, tiny_pipeline_dir):
-    video = run_example("low_memory", tiny_pipeline_dir, 5)
-    check_video(video, 5, 256, 448)
-    check_sound(video, 5)
+def test_low_memory(run_example, model):
+    video = run_example("low_memory", model)
+    check_video(video, 9, 64, 96)
+    check_audio(video, 9)
 
 
-def test_shared_embeddings(run_example, tiny_pipeline_dir, tiny_upscale_dir):
-    video = run_example("shared_embeddings", tiny_pipeline_dir, tiny_upscale_dir, 5)
-    check_video(video, 5, 512, 896)
-    check_sound(video, 5)
+def test_shared_embeddings(run_example, model, upscale_model):
+    """Upscaled to twice the size."""
+    video = run_example("shared_embeddings", model, upscale_model)
+    check_video(video, 9, 128, 192)
+    check_audio(video, 9)
 
 
-def test_wan_then_upscale(run_example, tiny_upscale_dir, tmp_path):
+def test_wan_then_upscale(run_example, upscale_model, tmp_path, monkeypatch):
+    call = WanPipeline.__call__
+
+    def short_call(self, *args, **kwargs):
+        return call(self, *args, **{**kwargs, "height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 2})
+
+    monkeypatch.setattr(WanPipeline, "__call__", short_call)
     save_wan(tmp_path / "wan")
-    video = run_example("wan_then_upscale", tmp_path / "wan", tiny_upscale_dir, 5)
-    check_video(video, 5, 288, 480, fps=24)
+    video = run_example("wan_then_upscale", tmp_path / "wan", upscale_model)
+    check_video(video, 5, 96, 160, fps=24)
     assert "Audio" not in read_header(video)
 
 
-def test_long_video(run_example, tiny_pipeline_dir, monkeypatch):
-    """Three clips of nine frames: two are shared, and so is the sound of their time."""
+def test_long_video(run_example, model, monkeypatch):
+    """Three clips of nine frames: two are shared, and so is the audio of their time."""
     images, clips, exported = [], [], []
     call, export = MagiHumanAudioVideoPipeline.__call__, diffusers_magihuman.export_to_mp4
 
@@ -167,19 +225,19 @@ def test_long_video(run_example, tiny_pipeline_dir, monkeypatch):
 
     monkeypatch.setattr(MagiHumanAudioVideoPipeline, "__call__", recording_call)
     monkeypatch.setattr(diffusers_magihuman, "export_to_mp4", recording_export)
-    path = run_example("long_video", tiny_pipeline_dir, 9)
+    path = run_example("long_video", model)
     num_frames = 3 * 9 - 2
-    check_video(path, num_frames, 256, 448)
-    check_sound(path, num_frames)
+    check_video(path, num_frames, 64, 96)
+    check_audio(path, num_frames)
 
-    frames, sound = exported
+    frames, audio = exported
     assert images[0] is None
     assert all(np.array_equal(image, clip[-1]) for image, (clip, _) in zip(images[1:], clips[:-1], strict=True))
     assert np.array_equal(frames, np.concatenate([clips[0][0], clips[1][0][1:], clips[2][0][1:]]))
 
-    assert sound.shape == (2, num_frames * FRAME_SAMPLES)
+    assert audio.shape == (2, num_frames * FRAME_SAMPLES)
     for index, (_, own) in enumerate(clips):
-        placed = sound[:, index * 8 * FRAME_SAMPLES :][:, : 9 * FRAME_SAMPLES]
+        placed = audio[:, index * 8 * FRAME_SAMPLES :][:, : 9 * FRAME_SAMPLES]
         assert np.array_equal(placed[:, FRAME_SAMPLES:-FRAME_SAMPLES], own[:, FRAME_SAMPLES:-FRAME_SAMPLES])
         if index:
             before = clips[index - 1][1][:, -FRAME_SAMPLES:]
@@ -191,6 +249,7 @@ def test_long_video(run_example, tiny_pipeline_dir, monkeypatch):
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", ["", pytest.param("0,1", marks=[pytest.mark.gpu, two_gpus])])
 def test_multi_gpu(gpus, tmp_path):
     """The README's command, with two processes on the CPU or a process on each of two GPUs."""
@@ -202,12 +261,4 @@ def test_multi_gpu(gpus, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines().count("multi_gpu.mp4") == 1
     check_video(tmp_path / "multi_gpu.mp4", 49, 128, 128)
-    check_sound(tmp_path / "multi_gpu.mp4", 49)
-
-
-def test_every_example_is_short_and_tested():
-    tests = ("test_examples.py", "test_package.py", "test_train_lora.py")
-    tested = "".join((Path(__file__).parent / name).read_text() for name in tests)
-    for path in EXAMPLES.glob("*.py"):
-        assert path.stem in tested
-        assert path.stem in ("make_tiny_pipeline", "train_lora") or len(path.read_text().splitlines()) <= 30
+    check_audio(tmp_path / "multi_gpu.mp4", 49)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of a LoRA on a folder of clips: it learns, goes on where it stopped, and follows a stored trajectory.
 
 `python tests/test_train_lora.py` stores the trajectory anew.
@@ -166,11 +167,11 @@ def test_folders_that_cannot_be_read(files, error, message, tmp_path):
         train_lora.read_captions(tmp_path / "none")
 
 
-def test_clip_without_sound_or_of_another_rate(tmp_path):
+def test_clip_without_audio_or_of_another_rate(tmp_path):
     frames = world.make_clip(0, size=32, num_frames=4).frames
     (tmp_path / "a.txt").write_text("Hello")
     export_to_mp4(frames, tmp_path / "a.mp4", fps=24)
-    with pytest.raises(ValueError, match=r"a\.mp4' has 24 frames a second and no sound; 25 and sound are needed"):
+    with pytest.raises(ValueError, match=r"a\.mp4' has 24 frames a second and no audio; 25 and audio are needed"):
         train_lora.read_captions(tmp_path)
 
 

@@ -12,7 +12,7 @@ Notable features:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -63,7 +63,8 @@ class MagiHumanTransformer3DModelOutput(BaseOutput):
     audio_sample: torch.Tensor | None = None  # the default lets accelerate's hooks rebuild an output from its values
 
 
-class SequenceLayout(NamedTuple):
+@dataclass(frozen=True)
+class SequenceLayout:
     """Where the tokens of one sequence lie: video (frame by frame, row by row), then audio, then text.
 
     With context parallelism each process holds a shard, an equal part of the video, of the audio and of the text.
@@ -157,9 +158,9 @@ class MagiHumanRotaryPosEmbed(nn.Module):
             Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order
             of the shards and padded like them if there are several.
         """
-        num_frames, height, width, audio_length, text_length, _ = layout
+        num_frames, height, width, audio_length = layout.num_frames, layout.height, layout.width, layout.audio_length
         if text_mask is None:
-            text_mask = torch.ones(1, text_length, dtype=torch.bool, device=device)
+            text_mask = torch.ones(1, layout.text_length, dtype=torch.bool, device=device)
 
         axes = [torch.arange(size, dtype=torch.float32, device=device) for size in (num_frames, height, width)]
         axes = [axes[0], axes[1] - (height - 1) / 2, axes[2] - (width - 1) / 2]
@@ -771,7 +772,7 @@ class MagiHumanTransformer3DModel(
         audio = self.gather_tokens(audio)[:, : layout.audio_length]
 
         # Unlike at the input, the values of an output token are in the order patch, channels.
-        video = video.unflatten(2, (*patch_size, -1)).unflatten(1, layout[:3])
+        video = video.unflatten(2, (*patch_size, -1)).unflatten(1, (layout.num_frames, layout.height, layout.width))
         video = video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
         if not return_dict:

@@ -1,17 +1,5 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""The recipes of the embedded models: each lowers its loss in ten steps, and resumes as if it never stopped."""
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes of the embedded models: each takes a step, and if asked learns in ten, as if it had never stopped."""
 
 import json
 import sys
@@ -65,7 +53,7 @@ RECIPES = {
     ),
     "distilled": (
         train_distilled,
-        "--data cache/128 --base runs/base --text runs/text_encoder --video-vae runs/video_vae --batch-size 8"
+        "--data cache/128 --base runs/base --text runs/text_encoder --video-vae runs/video_vae --batch-size 2"
         " --critic-steps 1 --learning-rate 4e-3",
         ["transformer/diffusion_pytorch_model.safetensors"],
         "critic_loss",
@@ -79,32 +67,19 @@ RECIPES = {
 }
 
 
+# What a recipe reads of others, in the order in which they run.
+NEEDS = {
+    "turbo_vae": ["video_vae"],
+    "cache": ["audio_vae", "video_vae"],
+    "base": ["text_encoder", "cache"],
+    "distilled": ["base"],
+    "upscale": ["text_encoder", "cache"],
+}
+
+
 def run(module, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module.__name__, *command.split()])
     module.main()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the recipes run, one after the other; a recipe's test leaves its output to those that need it."""
-    folder = tmp_path_factory.mktemp("nano")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        for size in (128, 256):
-            run(make_dataset, f"data/{size} --clips 2 --size {size} --workers 1", monkeypatch)
-    return folder
-
-
-def needs(folder, monkeypatch, *names):
-    """Runs recipes that have not run yet, so that each test can be run alone."""
-    for name in names:
-        if name == "cache":
-            for size in (128, 256):
-                if not (folder / "cache" / str(size)).exists():
-                    options = f"--data data/{size} --video-vae runs/video_vae --audio-vae runs/audio_vae"
-                    run(cache_latents, f"{options} --output cache/{size}", monkeypatch)
-        elif not (folder / "runs" / name).exists():
-            train(name, f"runs/{name}", "--steps 10", monkeypatch)
 
 
 def train(name, output, options, monkeypatch):
@@ -112,18 +87,77 @@ def train(name, output, options, monkeypatch):
     run(module, f"--output {output} --log-every 1 --save-every 5 --decay 0 {command} {options}", monkeypatch)
 
 
-NEEDS = {
-    "turbo_vae": ["video_vae"],
-    "base": ["text_encoder", "audio_vae", "video_vae", "cache"],
-    "distilled": ["text_encoder", "audio_vae", "video_vae", "cache", "base"],
-    "upscale": ["text_encoder", "audio_vae", "video_vae", "cache"],
-}
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano") / "data"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for size, clips in ((128, 1), (256, 2)):
+            run(make_dataset, f"{folder}/{size} --clips {clips} --size {size} --workers 1", monkeypatch)
+    return folder
+
+
+class Chain:
+    """A folder in which recipes run one after the other, each with the options once, when somebody needs it."""
+
+    def __init__(self, folder, data, options):
+        self.folder, self.options = folder, options
+        (folder / "data").symlink_to(data)
+
+    def run(self, name, monkeypatch):
+        monkeypatch.chdir(self.folder)
+        for needed in NEEDS.get(name, []):
+            self.run(needed, monkeypatch)
+        if name == "cache":
+            for size in (128, 256):
+                if not (self.folder / "cache" / str(size)).exists():
+                    options = f"--data data/{size} --video-vae runs/video_vae --audio-vae runs/audio_vae"
+                    run(cache_latents, f"{options} --output cache/{size}", monkeypatch)
+        elif not (self.folder / "runs" / name).exists():
+            train(name, f"runs/{name}", self.options, monkeypatch)
+        return self.folder
+
+
+@pytest.fixture(scope="module")
+def one_step(data, tmp_path_factory):
+    return Chain(tmp_path_factory.mktemp("one-step"), data, "--steps 1 --batch-size 2")
+
+
+@pytest.fixture(scope="module")
+def ten_steps(data, tmp_path_factory):
+    return Chain(tmp_path_factory.mktemp("ten-steps"), data, "--steps 10")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_learns_and_resumes(name, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    needs(folder, monkeypatch, *NEEDS.get(name, []), name)
+def test_recipe_takes_a_step(name, one_step, monkeypatch):
+    output = one_step.run(name, monkeypatch) / "runs" / name
+    _, _, weights, falling = RECIPES[name]
+    (line,) = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    assert line["step"] == 1 and np.isfinite(line[falling])
+    assert all((output / file).is_file() for file in weights)
+
+
+def test_assembled_models_load(one_step, monkeypatch, capsys):
+    for name in RECIPES:
+        one_step.run(name, monkeypatch)
+    run(assemble, "runs models", monkeypatch)
+    assert " MB in models" in capsys.readouterr().out
+    configs = (one_step.folder / "models").rglob("config.json")
+    assert not any(json.loads(file.read_text()).get("_name_or_path") for file in configs)
+    pipes = {name: DiffusionPipeline.from_pretrained(f"models/{name}") for name in ("base", "distilled", "upscale")}
+    assert pipes["distilled"].config.is_distilled and not pipes["base"].config.is_distilled
+    assert pipes["base"].config.default_num_frames == 49 and pipes["upscale"].config.default_width == 256
+    prompt = world.make_scene(np.random.default_rng(0))
+    prompt = world.make_prompt(prompt, np.random.default_rng(0))
+    size = {"num_inference_steps": 1, "output_type": "latent"}
+    low = pipes["distilled"](prompt, height=64, width=64, num_frames=5, **size)
+    high = pipes["upscale"](prompt, latents=low.frames, height=96, width=96, guidance_scale=1.0, **size)
+    assert high.frames.shape == (1, 48, 2, 6, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_learns_and_resumes(name, ten_steps, monkeypatch):
+    folder = ten_steps.run(name, monkeypatch)
     _, _, weights, falling = RECIPES[name]
     output, resumed = folder / "runs" / name, folder / "resumed" / name
 
@@ -145,31 +179,15 @@ def test_recipe_learns_and_resumes(name, folder, monkeypatch):
     assert [line[falling] for line in rewritten] == losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["video_vae", "turbo_vae", "base", "distilled"])
-def test_goes_on_from_an_earlier_run(name, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    needs(folder, monkeypatch, *NEEDS.get(name, []), name)
+def test_goes_on_from_an_earlier_run(name, ten_steps, monkeypatch):
+    folder = ten_steps.run(name, monkeypatch)
     train(name, f"continued/{name}", f"--start-from runs/{name} --steps 1 --learning-rate 1e-9", monkeypatch)
     (file,) = RECIPES[name][2]
     before, after = load_file(folder / "runs" / name / file), load_file(folder / "continued" / name / file)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-7) for key in before)
-
-
-def test_assembled_models_load(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    needs(folder, monkeypatch, "text_encoder", "audio_vae", "video_vae", "turbo_vae", "cache", "base", "distilled")
-    needs(folder, monkeypatch, "upscale")
-    run(assemble, "runs models", monkeypatch)
-    assert " MB in models" in capsys.readouterr().out
-    configs = (folder / "models").rglob("config.json")
-    assert not any(json.loads(file.read_text()).get("_name_or_path") for file in configs)
-    prompt = world.make_clip(0, size=16).prompt
-    low = DiffusionPipeline.from_pretrained("models/distilled")(prompt, num_inference_steps=1, output_type="latent")
-    upscale = DiffusionPipeline.from_pretrained("models/upscale")
-    frames = upscale(prompt, latents=low.frames, num_inference_steps=1, guidance_scale=1.0).frames
-    assert frames.shape == (1, 49, 256, 256, 3)
-    assert DiffusionPipeline.from_pretrained("models/base").config.default_num_frames == 49
 
 
 def test_details_weigh_more():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The world that the embedded model is trained on: what a clip shows and says is what its prompt names."""
 
 import itertools

@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Encodes a dataset once, so that training a transformer need not encode it in every step.
 
-    python examples/training/cache_latents.py --data data/128 --video-vae runs/video_vae --audio-vae runs/audio_vae \\
+    python examples/nano/cache_latents.py --data data/128 --video-vae runs/video_vae --audio-vae runs/audio_vae \\
         --output cache/128
 
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`

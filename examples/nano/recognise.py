@@ -1,16 +1,4 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Tells from the pixels and the sound of a clip what it shows and says, to measure models of the world.
 
 Everything is measured at the places where `world.py` draws it; the sound's syllables are read by a small network that
@@ -100,10 +88,10 @@ def measure_pitch(voice: np.ndarray) -> float:
     return world.SAMPLING_RATE / (shortest + (peaks & (candidates >= 0.9 * candidates.max())).argmax())
 
 
-def to_voice(sound: np.ndarray) -> np.ndarray:
+def to_voice(audio: np.ndarray) -> np.ndarray:
     """Sound of a pipeline, `(channels, samples)` of two seconds, as a voice of the world at 51,200 Hz."""
     num_samples = world.NUM_FRAMES * world.SAMPLING_RATE // world.FRAME_RATE
-    return resample_audio(torch.from_numpy(sound), num_samples).mean(dim=0).numpy()
+    return resample_audio(torch.from_numpy(audio), num_samples).mean(dim=0).numpy()
 
 
 def recognise_voice(voice: np.ndarray) -> str:

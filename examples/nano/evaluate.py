@@ -1,29 +1,16 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Measures the embedded models on prompts of combinations that they were not trained on, with fixed seeds.
 
-    python benchmarks/evaluate_embedded.py
-    python benchmarks/evaluate_embedded.py --parts upscale seconds    # these alone, the others stay as they were
+    python examples/nano/evaluate.py
+    python examples/nano/evaluate.py --parts upscale seconds    # these alone, the others stay as they were
 
-Writes `embedded.json`, every number in it, and `embedded.png`, a contact sheet, beside this file. What recognises
-looks and syllables is `examples/training/recognise.py`; its own errors, on drawn clips, are in the results, too.
+Writes `benchmarks/embedded.json`, every number in it, and `embedded.png`, a contact sheet, beside it. What recognises
+looks and syllables is `recognise.py`; its own errors, on drawn clips, are in the results, too.
 """
 
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -34,16 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import world
 from diffusers import DiffusionPipeline
-
-
-root = Path(__file__).resolve().parent
-sys.path.insert(0, str(root.parent / "examples" / "training"))
-
-import world  # noqa: E402
-from diffusers_magihuman.embedded import EMBEDDED_MODELS  # noqa: E402
-from recipe import save_sheet, to_frames, to_tensor  # noqa: E402
-from recognise import (  # noqa: E402
+from recipe import save_sheet, to_frames, to_tensor
+from recognise import (
     STEP,
     SyllableReader,
     edit_distance,
@@ -54,7 +35,10 @@ from recognise import (  # noqa: E402
     train_syllable_reader,
 )
 
-from diffusers_magihuman import embedded_model, export_to_mp4  # noqa: E402
+from diffusers_magihuman import embedded_model, export_to_mp4
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 PARTS = [
@@ -82,7 +66,7 @@ def measure_clips(
         `dict`: Share of clips in which each attribute is right; syllable errors by syllables; and mean correlations
         of the mouth's opening with that of the prompt's syllables, and with that of what is heard in each frame.
     """
-    right, errors, with_prompt, with_sound = defaultdict(list), [], [], []
+    right, errors, with_prompt, with_audio = defaultdict(list), [], [], []
     openings = np.array([vowel.mouth[1] for vowel in (world.CLOSED, *world.SYLLABLES.values())])
     times = np.arange(world.NUM_FRAMES) / world.FRAME_RATE
     for scene, frames, voice in zip(scenes, videos, voices, strict=True):
@@ -94,12 +78,12 @@ def measure_clips(
             correlate(mouth, world.mouth_track(scene, times, world.NUM_FRAMES / world.FRAME_RATE)[:, 1])
         )
         labels = reader(torch.from_numpy(voice)[None]).argmax(dim=1)[0].numpy()
-        with_sound.append(correlate(mouth, openings[labels[np.round(times * world.SAMPLING_RATE / STEP).astype(int)]]))
+        with_audio.append(correlate(mouth, openings[labels[np.round(times * world.SAMPLING_RATE / STEP).astype(int)]]))
     return {
         **{name: float(np.mean(values)) for name, values in right.items()},
         "syllable_error_rate": sum(errors) / sum(len(scene.syllables) for scene in scenes),
         "mouth_correlation": float(np.mean(with_prompt)),
-        "mouth_sound_correlation": float(np.mean(with_sound)),
+        "mouth_sound_correlation": float(np.mean(with_audio)),
     }
 
 
@@ -123,7 +107,7 @@ def generate(
             **{name: values[batch] for name, values in conditions.items()},
         )
         videos += [np.round(frames * 255).astype(np.uint8) for frames in output.frames]
-        voices += [to_voice(sound) for sound in output.audio]
+        voices += [to_voice(audio) for audio in output.audio]
     return videos, voices
 
 
@@ -200,8 +184,7 @@ def measure_seconds(pipe: DiffusionPipeline, clips: list[world.Clip]) -> dict[st
             export_to_mp4(output.frames[0], file, audio=output.audio[0], sampling_rate=pipe.audio_sampling_rate)
             times.append(time.perf_counter() - started)
         started = time.perf_counter()
-        command = [sys.executable, "-m", "diffusers_magihuman.cli", "generate", clips[0].prompt, "-o", str(file)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(["magihuman", "generate", clips[0].prompt, "-o", file], check=True, capture_output=True)
     return {"loaded": float(np.median(times)), "command": time.perf_counter() - started}
 
 
@@ -211,7 +194,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=200, help="prompts, default: %(default)s")
     parser.add_argument("--few", type=int, default=20, help="clips of the slower measurements, default: %(default)s")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
-    parser.add_argument("--output", type=Path, default=root / "embedded.json", help="default: beside this file")
+    parser.add_argument(
+        "--output", type=Path, default=BENCHMARKS / "embedded.json", help="default: benchmarks/embedded.json"
+    )
     arguments = parser.parse_args()
     counts = {"clips": arguments.clips, "few": arguments.few}
     results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.parts != PARTS else {}
@@ -225,7 +210,9 @@ def main() -> None:
     few = clips[: arguments.few]
     with torch.enable_grad():
         reader = train_syllable_reader()
-    pipes = {name: DiffusionPipeline.from_pretrained(embedded_model(name)) for name in EMBEDDED_MODELS}
+    pipes = {
+        name: DiffusionPipeline.from_pretrained(embedded_model(name)) for name in ("base", "distilled", "upscale")
+    }
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     distilled = pipes["distilled"]
@@ -247,7 +234,7 @@ def main() -> None:
             values, sheets["_upscale"] = measure_upscale(pipes["upscale"], few, large)
             return values
         images = [clip.frames[0].astype(np.float32) / 255 for clip in few]
-        sounds = [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]
+        audios = [(torch.from_numpy(clip.voice), world.SAMPLING_RATE) for clip in few]
         # A picture and a sound that the prompt contradicts: those of one clip, and the prompt of the next.
         others = few[1:] + few[:1]
         mixed = [
@@ -257,9 +244,9 @@ def main() -> None:
         own = [clip.scene for clip in few]
         prompts, scenes, given = {
             "image_driven": (few, own, {"image": images}),
-            "audio_driven": (few, own, {"audio": sounds}),
+            "audio_driven": (few, own, {"audio": audios}),
             "image_against_prompt": (others, mixed, {"image": images}),
-            "audio_against_prompt": (few, mixed, {"audio": sounds[1:] + sounds[:1]}),
+            "audio_against_prompt": (few, mixed, {"audio": audios[1:] + audios[:1]}),
         }.get(part, (clips, [clip.scene for clip in clips], {}))
         videos, voices = generate(pipes.get(part, distilled), prompts, **given)
         if part == "distilled":

@@ -1,20 +1,8 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Draws clips of the world of talking heads into arrays on disk, which every other recipe reads.
 
-    python examples/training/make_dataset.py data/128 --clips 6000
-    python examples/training/make_dataset.py data/256 --clips 1200 --size 256
+    python examples/nano/make_dataset.py data/128 --clips 6000
+    python examples/nano/make_dataset.py data/256 --clips 1200 --size 256
 
 Writes `frames.npy` (uint8, clips x frames x size x size x 3), `voices.npy` (int16, clips x samples at 51,200 Hz) and
 `scenes.jsonl`. Clip number i is `world.make_clip(i, size)`, so that clips of two sizes show the same moments.

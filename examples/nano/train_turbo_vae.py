@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Distils the Turbo VAE: a light decoder, all of whose convolutions see both past and future, from that of a Wan VAE.
 
-    python examples/training/train_turbo_vae.py --data data/128 data/256 --teacher runs/video_vae \\
+    python examples/nano/train_turbo_vae.py --data data/128 data/256 --teacher runs/video_vae \\
         --output runs/turbo_vae
 
 The student learns to draw what the teacher draws of the same latents, and half as much what is true. Its encoder is

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains tiny models in about so many minutes on two cores, in ./nano; run again, it goes on where it stopped.
 #
-#     bash examples/training/nano.sh 360
+#     bash examples/nano/nano.sh 360
 set -euo pipefail
 minutes=$1
 recipes=$(cd "$(dirname "$0")" && pwd)

@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains the base transformer by flow matching, on video, sound and text together.
 
-    python examples/training/train_transformer.py --data cache/128 --text runs/text_encoder --output runs/base
+    python examples/nano/train_transformer.py --data cache/128 --text runs/text_encoder --output runs/base
 
 Some samples are shown their first frame, some their sound, and some batches the negative prompt in place of their
 text: so the model learns to follow an image or a voice, and to be guided.
@@ -57,7 +45,7 @@ class Batch(NamedTuple):
     audio_latents: torch.Tensor
     prompts: list[str]
     has_frame: torch.Tensor
-    has_sound: torch.Tensor
+    has_audio: torch.Tensor
 
 
 def draw_batch(cache: Cache, rng: np.random.Generator, batch_size: int, device: torch.device) -> Batch:
@@ -72,16 +60,16 @@ def draw_batch(cache: Cache, rng: np.random.Generator, batch_size: int, device: 
         torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
         for values in (cache.latents, cache.audio_latents)
     )
-    has_frame, has_sound = rng.random((2, batch_size)) < 0.25
+    has_frame, has_audio = rng.random((2, batch_size)) < 0.25
     prompts = []
-    for clip, frame_is_given, sound_is_given in zip(clips, has_frame, has_sound, strict=True):
+    for clip, frame_is_given, audio_is_given in zip(clips, has_frame, has_audio, strict=True):
         scene, other = cache.scenes[clip], world.make_scene(rng)
-        heard = other if sound_is_given and rng.random() < 0.5 else scene
+        heard = other if audio_is_given and rng.random() < 0.5 else scene
         seen = other if frame_is_given and rng.random() < 0.5 else scene
         said = world.leave_out(replace(seen, voice=heard.voice, syllables=heard.syllables), rng)
         prompts.append(world.make_prompt(said, rng, parts=rng.random() < 0.5))
     return Batch(
-        latents, audio_latents, prompts, *(torch.from_numpy(has).to(device) for has in (has_frame, has_sound))
+        latents, audio_latents, prompts, *(torch.from_numpy(has).to(device) for has in (has_frame, has_audio))
     )
 
 
@@ -134,7 +122,7 @@ def main() -> None:
 
     # 2. Train
     for rng in run.steps():
-        latents, audio_latents, prompts, has_frame, has_sound = draw_batch(
+        latents, audio_latents, prompts, has_frame, has_audio = draw_batch(
             cache, rng, arguments.batch_size, run.device
         )
         embeds, mask = texts.embed(prompts)
@@ -157,7 +145,7 @@ def main() -> None:
                 noise_levels,
                 audio_weight=arguments.audio_weight,
                 image_probability=has_frame.float(),
-                audio_probability=has_sound.float(),
+                audio_probability=has_audio.float(),
                 latent_weights=weights,
             )
         run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)

@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains the transformer of the latent upscale pipeline, from 128 x 128 to 256 x 256 pixels.
 
-    python examples/training/train_upscale.py --low cache/128 --high cache/256 --text runs/text_encoder \\
+    python examples/nano/train_upscale.py --low cache/128 --high cache/256 --text runs/text_encoder \\
         --video-vae runs/video_vae --output runs/upscale
 
 It starts from resized latents with noise, as the pipeline does, and learns the way to the latents of the large frames.

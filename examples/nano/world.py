@@ -1,16 +1,4 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """A world of talking heads, drawn and synthesised: a clip follows from its seed, and its prompt says most of it.
 
 - a prompt in the three parts of MagiHuman, in many wordings
@@ -19,7 +7,7 @@
 - mouth shapes that are those of the syllables
 - one in five combinations of what the prompt names is held out: `make_scene` draws it only when asked
 
-    python examples/training/world.py sheet.png   # a contact sheet, and beside it the voices as sheet.wav
+    python examples/nano/world.py sheet.png   # a contact sheet, and beside it the voices as sheet.wav
 """
 
 import argparse

@@ -1,23 +1,11 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains a video autoencoder, Diffusers' `AutoencoderKLWan` in the manner of Wan 2.2, in two independent halves.
 
 What a latent says is settled first, by the principal components of 16 x 16 pixels of four frames; it takes a minute.
 Then the decoder learns to draw the video from these components and the encoder learns to compute them. Neither waits
 for the other, which is what makes joint training slow, and the transformer's latents exist before both are done.
 
-    python examples/training/train_video_vae.py --data data/128 data/256 --output runs/video_vae
+    python examples/nano/train_video_vae.py --data data/128 data/256 --output runs/video_vae
 """
 
 import shutil

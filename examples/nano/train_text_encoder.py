@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains a tokenizer on prompts, and a `T5GemmaEncoderModel` of toy size to understand them.
 
-    python examples/training/train_text_encoder.py --output runs/text_encoder
+    python examples/nano/train_text_encoder.py --output runs/text_encoder
 
 A head that is thrown away afterwards reads off the encoder's states what a prompt says will be seen, and which
 syllable is heard in every twenty-fifth of a second. The transformer's training then starts from a text that is

@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Distils the base transformer to 8 steps without guidance, by distribution matching (DMD2, arXiv 2405.14867).
 
-    python examples/training/train_distilled.py --data cache/128 --base runs/base --text runs/text_encoder \\
+    python examples/nano/train_distilled.py --data cache/128 --base runs/base --text runs/text_encoder \\
         --video-vae runs/video_vae --output runs/distilled
 
 The student generates in steps of the distilled scheduler and learns in one of them, drawn for each batch. Noise is
@@ -105,7 +93,7 @@ def main() -> None:
             given, text = batch[:2], texts.embed(batch.prompts)
             held_frame = torch.zeros_like(batch.latents[:, :1, :, :1, :1], dtype=torch.bool)
             held_frame[:, 0, 0, 0, 0] = batch.has_frame
-            held = (held_frame, batch.has_sound[:, None, None])
+            held = (held_frame, batch.has_audio[:, None, None])
             learns = number == arguments.critic_steps
             levels = sample_noise_levels(arguments.batch_size, "uniform", 3.0, device=run.device)
             with run.accelerator.autocast(), torch.set_grad_enabled(learns):
@@ -119,7 +107,7 @@ def main() -> None:
                         *text,
                         levels,
                         image_probability=batch.has_frame.float(),
-                        audio_probability=batch.has_sound.float(),
+                        audio_probability=batch.has_audio.float(),
                     )
                 run.update("critic", loss.loss)
                 continue

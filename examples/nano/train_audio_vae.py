@@ -1,23 +1,11 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains a sound autoencoder, Diffusers' `AutoencoderOobleck`, in two independent halves: 25 latents a second.
 
 What a latent says is settled first, by an analysis of the voice's pitch, phase and spectrum. Then the decoder learns
 to speak from it and the encoder learns to compute it. Trained together they get no further than the few principal
 components of a waveform that eight numbers hold: the phase of a pitch is hard to come upon, and easy to learn.
 
-    python examples/training/train_audio_vae.py --data data/128 --output runs/audio_vae
+    python examples/nano/train_audio_vae.py --data data/128 --output runs/audio_vae
 """
 
 import itertools
@@ -73,8 +61,8 @@ def spectral_loss(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     for size in (512, 1024, 2048):
         window = torch.hann_window(size, device=target.device)
         spectra = [
-            torch.stft(sound, size, size // 2, window=window, return_complex=True)[:, : size // 8].abs()
-            for sound in (decoded, target)
+            torch.stft(audio, size, size // 2, window=window, return_complex=True)[:, : size // 8].abs()
+            for audio in (decoded, target)
         ]
         losses.append(F.l1_loss(*(torch.log(spectrum + 1e-2) for spectrum in spectra)))
     return torch.stack(losses).mean()
@@ -170,9 +158,9 @@ class Analysis(nn.Module):
         return analysis
 
 
-def draw_spectrogram(sound: torch.Tensor) -> np.ndarray:
+def draw_spectrogram(audio: torch.Tensor) -> np.ndarray:
     """Grey picture, uint8 `(height, width)`, of the lowest 6.4 kHz over 80 dB."""
-    spectrum = torch.stft(sound.cpu(), 2048, 512, window=torch.hann_window(2048), return_complex=True)
+    spectrum = torch.stft(audio.cpu(), 2048, 512, window=torch.hann_window(2048), return_complex=True)
     decibels = 20 * torch.log10(spectrum.abs()[:256].flip(0) + 1e-4)
     return ((decibels - decibels.max() + 80).clamp(min=0) / 80 * 255).byte().numpy()
 
@@ -180,7 +168,7 @@ def draw_spectrogram(sound: torch.Tensor) -> np.ndarray:
 def main() -> None:
     parser = make_parser(__doc__, steps=8000, batch_size=2, learning_rate=1e-3)
     parser.add_argument("--data", type=Path, required=True, help="dataset")
-    parser.add_argument("--length", type=int, default=16, help="latents of a training sound, default: %(default)s")
+    parser.add_argument("--length", type=int, default=16, help="latents of a training clip, default: %(default)s")
     arguments = parser.parse_args()
 
     # 1. What latents say
@@ -203,13 +191,13 @@ def main() -> None:
         whole = to_mono(np.stack([voices[clip] for clip in clips])).to(run.device)
         pairs = list(zip(analysis.encode(whole), whole, starts.tolist(), strict=True))
         latents = torch.stack([states[:, start : start + arguments.length] for states, _, start in pairs])
-        sound = torch.stack([voice[HOP * start : HOP * (start + arguments.length)] for _, voice, start in pairs])
+        audio = torch.stack([voice[HOP * start : HOP * (start + arguments.length)] for _, voice, start in pairs])
         with run.accelerator.autocast():
-            encoder_loss = F.mse_loss(vae.encode(to_stereo(sound)).latent_dist.mean, latents)
+            encoder_loss = F.mse_loss(vae.encode(to_stereo(audio)).latent_dist.mean, latents)
             decoded = vae.decode(latents).sample.float()
-        error = (decoded - sound[:, None]).square().mean() / sound.square().mean()
-        waveform = waveform_loss(decoded[:, 0], sound)
-        spectrum = spectral_loss(decoded[:, 0], sound)
+        error = (decoded - audio[:, None]).square().mean() / audio.square().mean()
+        waveform = waveform_loss(decoded[:, 0], audio)
+        spectrum = spectral_loss(decoded[:, 0], audio)
         sides = (decoded[:, 0] - decoded[:, 1]).abs().mean()
         run.update(
             "audio_vae",
@@ -223,10 +211,10 @@ def main() -> None:
     # 3. Save, and look: true and decoded one above the other
     vae = run.unwrap("audio_vae")
     vae.save_pretrained(arguments.output / "audio_vae")
-    sound = to_mono(voices[:4]).to(run.device)
+    audio = to_mono(voices[:4]).to(run.device)
     with torch.no_grad():
-        decoded = vae.decode(vae.encode(to_stereo(sound)).latent_dist.mode()).sample[:, 0]
-    columns = [np.concatenate([draw_spectrogram(one) for one in pair]) for pair in zip(sound, decoded, strict=True)]
+        decoded = vae.decode(vae.encode(to_stereo(audio)).latent_dist.mode()).sample[:, 0]
+    columns = [np.concatenate([draw_spectrogram(one) for one in pair]) for pair in zip(audio, decoded, strict=True)]
     save_picture(PIL.Image.fromarray(np.concatenate(columns, axis=1)), arguments.output / "samples.png")
 
 

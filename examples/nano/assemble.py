@@ -1,19 +1,7 @@
-# Copyright 2026 The diffusers-magihuman authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Puts what the recipes trained together as three Diffusers directories in float16: base, distilled, upscale.
 
-    python examples/training/assemble.py runs models
+    python examples/nano/assemble.py runs models
 
 A directory that is there already is replaced, but for its model card.
 """
@@ -47,11 +35,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the recipes' outputs")
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument(
-        "--share",
-        action="store_true",
-        help="leave out of base and upscale what they have in common with distilled, as the package's data does",
-    )
     arguments = parser.parse_args()
 
     # 1. Load
@@ -100,11 +83,6 @@ def main() -> None:
     shutil.rmtree(new, ignore_errors=True)
     for name, pipe in pipelines.items():
         pipe.save_pretrained(new / name)
-    if arguments.share:
-        for part in ("base/tokenizer", "base/text_encoder", "base/audio_vae"):
-            shutil.rmtree(new / part)
-        for part in ("upscale/tokenizer", "upscale/text_encoder", "upscale/audio_vae", "upscale/vae"):
-            shutil.rmtree(new / part)
 
     # 3. Replace what was there, but for the card
     for file in arguments.output.glob("*.md"):
