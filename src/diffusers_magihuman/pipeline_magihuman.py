@@ -277,6 +277,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             "prompt_embeds_mask": prompt_embeds_mask,
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+            "max_sequence_length": max_sequence_length,
         }
         num_prompts = self.check_inputs(
             images=images,
@@ -294,7 +295,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             conditioning_audio_latents=conditioning_audio_latents,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
             **prompts,
         )
         batch_size, device = num_prompts * num_videos_per_prompt, self._execution_device
@@ -304,7 +304,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             **prompts,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
             num_videos_per_prompt=num_videos_per_prompt,
-            max_sequence_length=max_sequence_length,
             device=device,
         )
 

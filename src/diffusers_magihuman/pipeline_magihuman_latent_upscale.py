@@ -333,6 +333,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             "prompt_embeds_mask": prompt_embeds_mask,
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+            "max_sequence_length": max_sequence_length,
         }
         num_videos_per_prompt = self.check_inputs(
             videos=videos,
@@ -353,7 +354,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             generator=generator,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
             **prompts,
         )
         device = self._execution_device
@@ -363,7 +363,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             **prompts,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
             num_videos_per_prompt=num_videos_per_prompt,
-            max_sequence_length=max_sequence_length,
             device=device,
         )
 

@@ -32,8 +32,7 @@ def test_output_is_the_same_each_time_and_as_a_tuple(model_and_inputs):
         assert all(torch.equal(*pair) for pair in zip(output, expected, strict=True))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("variant, workers", [(None, 1), ("fp16", 2)])
 @torch.no_grad()
 def test_shards_and_variants(variant, workers, model_and_inputs, tmp_path, monkeypatch):
     model, inputs = model_and_inputs

@@ -98,6 +98,17 @@ def test_an_unfinished_last_latent_counts_in_several_windows_only():
     assert count_audio_latents(window * 10 + 1, 10) == window + 1
 
 
+@torch.no_grad()
+def test_audio_with_as_many_latents_is_encoded_uncut(tiny_pipeline):
+    audio = torch.randn(2, 9 * 2048 + 1000)
+    whole = tiny_pipeline.encode_audio(audio, seeded(), CPU)
+    assert whole.shape == (1, 9, 8)
+    assert torch.equal(tiny_pipeline.encode_audio([audio], seeded(), CPU, num_frames=9), whole)
+    assert not torch.equal(tiny_pipeline.encode_audio(audio[:, : 9 * 2048], seeded(), CPU), whole)
+    padded = tiny_pipeline.encode_audio([audio, audio], [seeded(), seeded(1)], CPU, num_frames=12)
+    assert padded.shape == (2, 12, 8) and not torch.equal(padded[0], padded[1])
+
+
 def test_audio_is_read_once_for_several_rates(tmp_path):
     path = tmp_path / "tone.wav"
     tone = np.sin(np.arange(8000) / 9).astype(np.float32)
@@ -224,6 +235,21 @@ def test_other_flow_schedulers(scheduler, pipe_and_run):
     # The same flow on another grid: near, but not the same. Another prompt gives 0.28 or more, another seed 0.9.
     difference = (output.frames - expected.frames).square().mean().sqrt() / expected.frames.square().mean().sqrt()
     assert 0 < difference < 0.1
+
+
+def test_caches_learn_of_branch_and_step(pipe_and_run, monkeypatch):
+    pipe, run = pipe_and_run
+    seen = []
+    enter = pipe.transformer.cache_context
+
+    def record(name, **context):
+        seen.append((name, context["step_index"], round(context["sigma"], 3), context["num_inference_steps"]))
+        return enter(name, **context)
+
+    monkeypatch.setattr(pipe.transformer, "cache_context", record)
+    run(pipe, guidance_scale=2.0)
+    branches = [("cond", 0, 1.0), ("uncond", 0, 1.0), ("cond", 1, 0.833), ("uncond", 1, 0.833)]
+    assert seen == [(*branch, 2) for branch in branches]
 
 
 def test_callback_changes_and_interrupts(pipe_and_run):

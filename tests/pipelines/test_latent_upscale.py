@@ -250,6 +250,14 @@ def test_streamed_equals_unstreamed_exactly(tiny_upscale_pipeline):
     assert [len(video) for video in pil] == [45, 45] and pil[0][0].size == (96, 64)
 
 
+def test_a_consumed_stream_frees_the_models_as_the_call_does(tiny_upscale_pipeline, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tiny_upscale_pipeline, "maybe_free_model_hooks", lambda: calls.append(1))
+    frames = upscale(tiny_upscale_pipeline, num_inference_steps=1, output_type="stream").frames[0]
+    assert len(calls) == 1
+    assert len(list(frames)) == 9 and len(calls) == 2
+
+
 def test_tiling_gives_the_same_frames(tiny_upscale_pipeline):
     expected = upscale(tiny_upscale_pipeline, output_type="np")
     tiny_upscale_pipeline.vae.enable_tiling(32, 32)
