@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -23,6 +22,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import BaseOutput, apply_lora_scale
+from torch import Tensor, nn
 
 from .caches import MagiHumanCacheMixin, register_block
 from .parallel import (
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+RotaryEmb = tuple[Tensor, Tensor]  # cosine and sine
+
 EXPERTS = ("video", "audio", "text")
 # Small, and what the latents and the text pass through: no quantiser may touch them.
 QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder", "video_proj_out", "audio_proj_out"]
@@ -50,17 +52,15 @@ QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder"
 @dataclass
 class MagiHumanTransformer3DModelOutput(BaseOutput):
     """
-    Output of [`MagiHumanTransformer3DModel`].
+    Velocities that [`MagiHumanTransformer3DModel`] predicts, float32.
 
     Args:
-        sample (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`):
-            Velocity of the video latents, float32.
-        audio_sample (`torch.Tensor` of shape `(batch_size, audio_length, audio_in_channels)`):
-            Velocity of the audio latents, float32.
+        sample (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`): Of the video latents.
+        audio_sample (`torch.Tensor` of shape `(batch_size, audio_length, audio_in_channels)`): Of the audio latents.
     """
 
-    sample: torch.Tensor
-    audio_sample: torch.Tensor | None = None  # the default lets accelerate's hooks rebuild an output from its values
+    sample: Tensor
+    audio_sample: Tensor | None = None  # the default lets accelerate's hooks rebuild an output from its values
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class SequenceLayout:
     def shard_lengths(self) -> tuple[int, ...]:
         return tuple(-(-length // self.num_shards) for length in self.modality_lengths)
 
-    def split(self, states: torch.Tensor, num_experts: int = len(EXPERTS)) -> tuple[torch.Tensor, ...]:
+    def split(self, states: Tensor, num_experts: int = len(EXPERTS)) -> tuple[Tensor, ...]:
         """Splits the sequence, or the shard of it (dimension 1), into what each expert sees; one expert sees all."""
         return states.split(self.shard_lengths, dim=1) if num_experts > 1 else (states,)
 
 
-def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def join(parts: Sequence[Tensor]) -> Tensor:
     """Undoes `SequenceLayout.split`."""
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
@@ -115,14 +115,14 @@ def experts_of(module: nn.Module) -> list[nn.Module]:
 class MagiHumanRMSNorm(nn.RMSNorm):
     """RMSNorm that computes and returns float32 whatever the dtype of its input and weight."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 class MagiHumanFloat32Linear(nn.Linear):
     """Linear that computes in float32 whatever the dtype of its input and weight."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         return F.linear(hidden_states.float(), self.weight.float(), bias)
 
@@ -146,9 +146,7 @@ class MagiHumanRotaryPosEmbed(nn.Module):
         self.theta = theta
         self.coordinate_style = coordinate_style
 
-    def forward(
-        self, layout: SequenceLayout, text_mask: torch.Tensor | None, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, layout: SequenceLayout, text_mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """
         Args:
             layout (`SequenceLayout`): Token grid of the video and lengths of audio and text.
@@ -188,7 +186,7 @@ class MagiHumanRotaryPosEmbed(nn.Module):
         return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
-def apply_rotary_emb(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rotary_emb(hidden_states: Tensor, rotary_emb: RotaryEmb) -> Tensor:
     """Rotates the leading channels of every head in two halves; `(batch_size, sequence_length, heads, head_dim)`."""
     cos, sin = rotary_emb
     half = cos.shape[-1]
@@ -205,11 +203,11 @@ class MagiHumanAttnProcessor:
     def __call__(
         self,
         attn: "MagiHumanAttention",
-        hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        hidden_states: Tensor,
+        rotary_emb: RotaryEmb,
         layout: SequenceLayout,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         experts = attn.experts
         parts = zip(*(layout.split(states, len(experts)) for states in (hidden_states, *rotary_emb)), strict=True)
         projected = [expert.project(*part) for expert, part in zip(experts, parts, strict=True)]
@@ -236,9 +234,7 @@ class MagiHumanAttnProcessor:
         attn_output = layout.split(attn_output.flatten(2).to(hidden_states.dtype), len(experts))
         return join([expert.to_out(part) for expert, part in zip(experts, attn_output, strict=True)])
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None:
             # Diffusers adds a boolean mask of four dimensions to xformers' scores. Goes, with the private name, once
             # `_xformers_attention` converts it as it does one of two dimensions.
@@ -249,13 +245,13 @@ class MagiHumanAttnProcessor:
 
     def _attend_locally(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         layout: SequenceLayout,
         num_neighbours: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """A frame sees the frames up to `num_neighbours` away, all audio and all text; audio and text see everything.
 
         One softmax over concatenated keys for each frame needs no mask, so every backend can serve it, and cost grows
@@ -263,7 +259,7 @@ class MagiHumanAttnProcessor:
         together.
         """
 
-        def window(states: torch.Tensor, start: int, end: int, dim: int = 1) -> torch.Tensor:
+        def window(states: Tensor, start: int, end: int, dim: int = 1) -> Tensor:
             if start == 0 and end == layout.num_frames:
                 return states
             video = states.narrow(dim, start * layout.frame_length, (end - start) * layout.frame_length)
@@ -283,22 +279,13 @@ class MagiHumanAttnProcessor:
         return torch.cat(outputs, dim=1)
 
 
-def drop_fused_projections(_module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _: Any) -> None:
+def drop_fused_projections(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
     """Leaves fused projections out of what is saved, as the linears that they were made of are there."""
     state_dict.pop(f"{prefix}to_qkv.weight", None)
 
 
 class MagiHumanProjections(nn.Module):
-    """
-    The linears and norms of attention for the tokens of one modality, or of all.
-
-    Args:
-        hidden_size (`int`): Channels of a token.
-        num_attention_heads, num_key_value_heads (`int`): Query heads, and heads of keys and values.
-        head_dim (`int`): Channels of a head.
-        eps (`float`): Epsilon of the norms of queries and keys.
-        is_gated (`bool`): Whether there is a gate for each query head.
-    """
+    """The linears and norms of attention for the tokens of one modality, or of all; a gate for each query head."""
 
     def __init__(
         self,
@@ -323,9 +310,7 @@ class MagiHumanProjections(nn.Module):
         self.to_qkv = None  # `make_fused`, once the projections are fused
         self.register_state_dict_post_hook(drop_fused_projections)
 
-    def project(
-        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key and value `(batch_size, length, heads, head_dim)`, gate `(batch_size, length, heads or 0)`."""
         if self.to_qkv is not None:
             query, key, value, gate = self.to_qkv(hidden_states).split(self.projection_dims, dim=-1)
@@ -359,12 +344,7 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
     Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
 
     In a sandwich block `video`, `audio` and `text` hold the [`MagiHumanProjections`], else the attention itself does.
-    `fuse_projections` joins query, key, value and gate in one linear `to_qkv`, which gives the same result.
-
-    Args:
-        per_modality (`bool`): Whether every modality has projections of its own.
-        local_attention_frames (`int`, *optional*): Frames that a video token sees on either side; all if left out.
-        projections: Arguments of [`MagiHumanProjections`].
+    `local_attention_frames` is how many frames a video token sees on either side, `None` for all.
     """
 
     _default_processor_cls = MagiHumanAttnProcessor
@@ -387,12 +367,7 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
         return [getattr(self, name) for name in EXPERTS] if self.per_modality else [self]
 
     def fuse_projections(self) -> None:
-        """
-        Adds `to_qkv`; `unfuse_projections` removes it.
-
-        Raises:
-            `ValueError`: The linears are quantised, shared out to several GPUs or have a LoRA.
-        """
+        """Joins query, key, value and gate in one linear `to_qkv`, which gives the same result."""
         for expert, fused in [(expert, expert.make_fused()) for expert in self.experts]:
             expert.to_qkv = fused
         self.fused_projections = True
@@ -404,15 +379,15 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        hidden_states: Tensor,
+        rotary_emb: RotaryEmb,
         layout: SequenceLayout,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         return self.processor(self, hidden_states, rotary_emb, layout, attention_mask)
 
 
-def multiply(states: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def multiply(states: Tensor, factor: Tensor) -> Tensor:
     """The product, written over `states` unless autograd may need them."""
     return states * factor if torch.is_grad_enabled() else states.mul_(factor)
 
@@ -424,7 +399,7 @@ class ClampedGELU(nn.Module):
     float32, which is the same in less memory, and without autograd a product takes the place of one of its factors.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = hidden_states.clamp(max=7.0).float()
         return multiply(hidden_states, (1.702 * hidden_states).sigmoid_())
 
@@ -432,7 +407,7 @@ class ClampedGELU(nn.Module):
 class ClampedSwiGLU(ClampedGELU):
     """[`ClampedGELU`] of the first half of the channels times one plus the second half, which is cut at -7 and 7."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         gate, linear = hidden_states.chunk(2, dim=-1)
         gate = super().forward(gate)
         return multiply(gate, linear.clamp(-7.0, 7.0).float().add_(1.0))
@@ -449,23 +424,14 @@ class MagiHumanFeedForward(nn.Module):
         self.linear_out = nn.Linear(inner_size, hidden_size, bias=False)
         self.chunk_size = None  # tokens at a time, or all of them
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         chunks = (hidden_states,) if self.chunk_size is None else hidden_states.split(self.chunk_size, dim=1)
         return join([self.linear_out(self.act(self.linear_in(chunk)).to(chunk.dtype)) for chunk in chunks])
 
 
 @register_block
 class MagiHumanTransformerBlock(nn.Module):
-    """
-    Attention and feed-forward on a float32 residual stream.
-
-    Args:
-        per_modality (`bool`): Whether video, audio and text have norms, projections and a feed-forward of their own.
-        use_gelu (`bool`): Whether the feed-forward is a clamped GELU instead of a clamped SwiGLU.
-        use_post_norm (`bool`): Whether the outputs of attention and feed-forward are normalised too.
-        local_attention_frames (`int`, *optional*): See [`MagiHumanAttention`].
-        projections: Arguments of [`MagiHumanProjections`].
-    """
+    """Attention and feed-forward on a float32 residual stream, with an expert for each modality or one for all."""
 
     def __init__(
         self,
@@ -491,13 +457,13 @@ class MagiHumanTransformerBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        hidden_states: Tensor,
+        rotary_emb: RotaryEmb,
         layout: SequenceLayout,
-        attention_mask: torch.Tensor | None,
+        attention_mask: Tensor | None,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Arguments: see [`MagiHumanTransformer3DModel`]; `dtype` is what the linears compute in."""
+    ) -> Tensor:
+        """`(batch_size, sequence_length, hidden_size)`; `dtype` is what the linears compute in."""
         modules = (self.norm1, self.post_norm1, self.norm2, self.ff, self.post_norm2)
         experts = list(zip(*(experts_of(module) for module in modules), strict=True))
 
@@ -646,13 +612,8 @@ class MagiHumanTransformer3DModel(
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
         """
-        Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`].
-
-        Args:
-            adapter_config (`PeftConfig`):
-                For example a `peft.LoraConfig`; `target_modules=["to_q"]` means the query projections of every block,
-                in the first and last ones those of each modality, and `"video.to_q"` just those for video there.
-            adapter_name (`str`, defaults to `"default"`): Name for `set_adapters` and others.
+        Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
+        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of these.
 
         Raises:
             `ValueError`: The projections are fused.
@@ -661,23 +622,14 @@ class MagiHumanTransformer3DModel(
         super().add_adapter(adapter_config, adapter_name)
 
     def check_projections_are_unfused(self) -> None:
-        """
-        Raises:
-            `ValueError`: `fuse_qkv_projections` was called: an adapter of `to_q` would not be read.
-        """
+        """Raises a `ValueError` after `fuse_qkv_projections`: an adapter of `to_q` would not be read."""
         if any(block.attn.fused_projections for block in self.transformer_blocks):
-            raise ValueError(
-                "Fused projections would ignore a LoRA: call `transformer.unfuse_qkv_projections()` first."
-            )
+            raise ValueError("Fused projections would ignore a LoRA: call `unfuse_qkv_projections()` first.")
 
     def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
         """
-        Runs the feed-forward of every block on a part of the tokens at a time.
-
-        Its wide activations are the largest tensors of a long or large video. The result differs by rounding at most.
-
-        Args:
-            chunk_size (`int`, defaults to 4096): Number of tokens.
+        Runs the feed-forward of every block on `chunk_size` tokens at a time: its wide activations are the largest
+        tensors of a long or large video. The result differs by rounding at most.
 
         Raises:
             `ValueError`: `chunk_size` is less than 1.
@@ -698,13 +650,13 @@ class MagiHumanTransformer3DModel(
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        audio_hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        audio_hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,  # noqa: ARG002 (read by the decorator)
         return_dict: bool = True,
-    ) -> MagiHumanTransformer3DModelOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> MagiHumanTransformer3DModelOutput | tuple[Tensor, Tensor]:
         r"""
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`):
@@ -779,7 +731,7 @@ class MagiHumanTransformer3DModel(
             return video, audio
         return MagiHumanTransformer3DModelOutput(sample=video, audio_sample=audio)
 
-    def _get_layout(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> SequenceLayout:
+    def _get_layout(self, video: Tensor, audio: Tensor, text: Tensor) -> SequenceLayout:
         config = self.config
         if video.ndim != 5 or video.shape[1] != config.in_channels:
             raise ValueError(
