@@ -207,7 +207,7 @@ def test_without_autoencoder_lean_is_chunks_alone(tiny_pipeline_dir):
     plan = plan_pipeline("tiny", pipe, 1024, 2048, 33)  # of 18432 tokens
     peaks = {stage.name: stage.peaks for stage in plan.stages}
     assert peaks.keys() == {"text", "given audio", "denoising step", "decoding audio"}
-    assert peaks["denoising step"][False, True] < 0.7 * peaks["denoising step"][False, False]
+    assert peaks["denoising step"][False, True] < 0.75 * peaks["denoising step"][False, False]
     assert peaks["given audio"][False, True] == peaks["given audio"][False, False]
     calls = format_calls(plan._replace(choices=plan.choices[1:]), 80)
     assert "pipe.transformer.enable_forward_chunking()" in calls and "pipe.vae" not in calls
@@ -229,7 +229,7 @@ def test_calls_of_every_setting_run_and_change_nothing(setting):
     for old, new in SUBSTITUTIONS.items():
         calls = calls.replace(old, new)
     exec(calls, {"pipe": pipe, "torch": torch})
-    assert pipe.vae.use_tiling and pipe.transformer.transformer_blocks[-1].ff.chunk_size == 4096
+    assert pipe.vae.use_tiling and pipe.transformer.transformer_blocks[1].ff.chunk_size == 4096
     assert_equal(generate(pipe), expected)  # too small for more than one tile
 
 
