@@ -500,8 +500,7 @@ class MagiHumanTransformer3DModel(
     The model never sees a timestep. The defaults are those of the published base model with 15.3B parameters.
 
     Args:
-        patch_size (`tuple[int, int, int]`, defaults to `(1, 2, 2)`):
-            Latent frames, rows and columns in one video token.
+        patch_size (`tuple[int, int, int]`, defaults to `(1, 2, 2)`): Latent frames, rows and columns in a video token.
         in_channels (`int`, defaults to 48): Channels of the video latents.
         audio_in_channels (`int`, defaults to 64): Channels of the audio latents.
         text_in_channels (`int`, defaults to 3584): Channels of the text embeddings.
@@ -515,8 +514,7 @@ class MagiHumanTransformer3DModel(
         gated_attention (`bool`, defaults to `True`): Whether a sigmoid gate scales each head.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         coordinate_style (`str`, defaults to `"v2"`): Positions of audio and text, see [`MagiHumanRotaryPosEmbed`].
-        local_attention_layers (`tuple[int, ...]`):
-            Blocks in which a video token sees only the frames around its own, besides audio and text.
+        local_attention_layers (`tuple[int, ...]`): Blocks in which a video token sees of the video only frames nearby.
         local_attention_frames (`int`, defaults to 11): Frames seen on either side in these blocks.
         norm_eps (`float`, defaults to 1e-6): Epsilon of every norm.
     """
@@ -524,17 +522,8 @@ class MagiHumanTransformer3DModel(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MagiHumanTransformerBlock"]
     _repeated_blocks = ["MagiHumanTransformerBlock"]
-    _keep_in_fp32_modules = [
-        *QUANTIZATION_SKIP_MODULES,
-        "norm1",
-        "norm2",
-        "norm_q",
-        "norm_k",
-        "post_norm1",
-        "post_norm2",
-        "video_norm_out",
-        "audio_norm_out",
-    ]
+    _keep_in_fp32_modules = [*QUANTIZATION_SKIP_MODULES, "norm1", "norm2", "norm_q", "norm_k"]
+    _keep_in_fp32_modules += ["post_norm1", "post_norm2", "video_norm_out", "audio_norm_out"]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "proj_out"]
     _cp_plan = CONTEXT_PARALLEL_PLAN
 
@@ -659,15 +648,12 @@ class MagiHumanTransformer3DModel(
     ) -> MagiHumanTransformer3DModelOutput | tuple[Tensor, Tensor]:
         r"""
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`):
-                Noisy video latents; number of frames, height and width are multiples of `patch_size`.
-            audio_hidden_states (`torch.Tensor` of shape `(batch_size, audio_length, audio_in_channels)`):
-                Noisy audio latents.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, text_length, text_in_channels)`):
-                Text embeddings.
-            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
-                Boolean, true for real tokens; padding may stand anywhere. Leave it out when every token is real: then
-                attention needs no mask.
+            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`): Noisy video
+                latents; number of frames, height and width are multiples of `patch_size`.
+            audio_hidden_states (`torch.Tensor` of shape `(batch_size, audio_length, audio_in_channels)`): Noisy audio.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, text_length, text_in_channels)`): Text.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): Boolean, true for
+                real tokens; padding may stand anywhere. Left out, all are real, and attention needs no mask.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers for this call.
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`].
 
@@ -695,18 +681,11 @@ class MagiHumanTransformer3DModel(
         video = video.unflatten(3, (layout.height, patch_size[1])).unflatten(2, (layout.num_frames, patch_size[0]))
         video = video.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
-        # Nothing else holds the tokens of each modality, so their memory is free again when the blocks run.
-        hidden_states = torch.cat(
-            [
-                embedder(self.shard_tokens(pad_to_multiple(states, layout.num_shards)))
-                for embedder, states in (
-                    (self.video_embedder, video),
-                    (self.audio_embedder, audio_hidden_states),
-                    (self.text_embedder, encoder_hidden_states),
-                )
-            ],
-            dim=1,
-        ).float()
+        embedders = (self.video_embedder, self.audio_embedder, self.text_embedder)
+        tokens = zip(embedders, (video, audio_hidden_states, encoder_hidden_states), strict=True)
+        tokens = [embed(self.shard_tokens(pad_to_multiple(states, layout.num_shards))) for embed, states in tokens]
+        hidden_states = join(tokens).float()
+        del tokens, video
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
