@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both pipelines share: checks, text, images and audio to latents, the one loop, latents to frames and audio.
 
-Checks raise a `ValueError` that names the argument, its value and what is allowed. What encodes and decodes are
-functions of a `pipe`, which may be anything that holds the components.
+What encodes and decodes are functions of a `pipe`, which may be anything that holds the components.
 """
 
 import copy
@@ -46,7 +45,6 @@ FRAME_RATE = 25  # frames, and audio latents, a second
 MAX_SEQUENCE_LENGTH = 640
 AUDIO_WINDOW_LENGTH = 29 * FRAME_RATE  # latents
 OUTPUT_TYPES = ("latent", "pt", "np", "pil", "stream")
-
 COUNT, SCALE = (Integral, 1, sys.maxsize), (Real, -sys.maxsize, sys.maxsize)
 # Kind and limits of the arguments that are numbers.
 NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -58,7 +56,6 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "num_leading_frames": (Integral, 0, sys.maxsize),
     "max_sequence_length": (Integral, 1, MAX_SEQUENCE_LENGTH),
 }
-
 DEFAULT_NEGATIVE_PROMPT = (
     "Poor picture: blurred, out of focus, overexposed, washed-out or garish colours, grain, compression blocks,"
     " ghosting, flicker, frozen frame, jump cut, shaking camera, subtitles, caption, logo, watermark, painting,"
@@ -93,8 +90,8 @@ class MagiHumanPipelineOutput(BaseOutput):
 
 def check_numbers(inputs: Inputs) -> None:
     """Numbers, which booleans are not, must be of the kind and within the limits of `NUMBERS`, and so finite."""
-    for name in inputs.keys() & NUMBERS.keys():
-        value, (kind, low, high) = inputs[name], NUMBERS[name]
+    for name, (kind, low, high) in NUMBERS.items():
+        value = inputs.get(name, low)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             number = "an integer" if kind is Integral else "a number"
             raise ValueError(f"`{name}`={value!r} must be {number} in {low} to {high}.")
@@ -366,23 +363,19 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Registers our components as `["diffusers", ClassName]`, the only form that loads from the Hub."""
+        ours = ("diffusers_magihuman.", "diffusers_modules.")
         for name, value in kwargs.items():
-            is_ours = isinstance(value, tuple) and str(value[0]).startswith(
-                ("diffusers_magihuman.", "diffusers_modules.")
-            )
-            if is_ours and hasattr(diffusers, value[1]):
+            if isinstance(value, tuple) and str(value[0]).startswith(ours) and hasattr(diffusers, value[1]):
                 kwargs[name] = ("diffusers", value[1])
         super().register_to_config(**kwargs)
 
     @classmethod
     def from_pipe(
         cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> "MagiHumanPipeline":
+    ) -> DiffusionPipeline:
         """
-        Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`.
-
-        A `dtype` casts all components, those of the other pipeline with them. By default every one stays as it is,
-        unlike in Diffusers: some are float32 on purpose and others are large.
+        Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`. A `dtype`
+        casts them all, the other pipeline's with them; by default, unlike in Diffusers, every one stays as it is.
         """
         if dtype is not None:
             return super().from_pipe(pipeline, dtype=dtype, **kwargs)
@@ -404,7 +397,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             path_or_repo (`str`): Directory, file or repository of the transformer in any published layout.
             variant (`str`, *optional*): One of `original_variants`, guessed from the path when it names just one.
             dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the float32 parts.
-            kwargs: See [`~checkpoints.load_original_components`]: `subfolder`, where the other parts are, downloads.
+            kwargs: See [`~checkpoints.load_original_components`]: `subfolder`, the other repositories, downloads.
 
         Raises:
             `ValueError`: The variant is not one of this pipeline, cannot be guessed, or tensors do not fit.
@@ -449,8 +442,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         output_type, step_inputs = inputs["output_type"], inputs["callback_on_step_end_tensor_inputs"]
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
-        if not set(step_inputs) <= {*self._callback_tensor_inputs}:
-            allowed = self._callback_tensor_inputs
+        allowed = self._callback_tensor_inputs
+        if not set(step_inputs) <= {*allowed}:
             raise ValueError(f"`callback_on_step_end_tensor_inputs`={step_inputs} must be some of {allowed}.")
         num_prompts = check_prompts(inputs, self.transformer.config.text_in_channels)
         check_forms(inputs, "image", "image_latents")
@@ -463,16 +456,13 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         needed["audio_vae"] = (decodes and has_audio) or inputs["audio"] is not None
         missing = [name for name, is_needed in needed.items() if is_needed and getattr(self, name) is None]
         if missing:
-            raise ValueError(
-                f"This call needs {missing}, which the pipeline was loaded without. Without them it takes embeddings"
-                " (and with guidance negative ones) and latents, and `output_type='latent'`."
-            )
+            allowed = "embeddings (with guidance negative ones) and latents, and `output_type='latent'`"
+            raise ValueError(f"This call needs {missing}, which the pipeline lacks; without them it takes {allowed}.")
         is_turbo = isinstance(self.vae, AutoencoderKLMagiHumanTurbo)
         if encodes_video and is_turbo and self.vae.encoder is None:
             raise ValueError("`image` and `video` need a `vae` that encodes, but this one was loaded without encoder.")
         if output_type == "stream" and not is_turbo:
-            vae = type(self.vae).__name__
-            raise ValueError(f"`output_type`='stream' needs an AutoencoderKLMagiHumanTurbo as `vae`, not {vae}.")
+            raise ValueError("`output_type`='stream' needs an AutoencoderKLMagiHumanTurbo as `vae`.")
         return num_prompts
 
     def encode_prompt(
@@ -520,18 +510,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
 
     @torch.no_grad()
     def stream_frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
-        """
-        Decodes normalised latents `(1, channels, latent_frames, latent_height, latent_width)` while they are consumed,
-        with one window in memory at a time, to frames `(height, width, 3)` in [0, 1].
-        """
+        """Decodes normalised latents of one video, as they are consumed, to frames `(height, width, 3)` in [0, 1]."""
         yield from decode_frames(self, latents, "np")
         self.maybe_free_model_hooks()
-
-    def pass_audio_through(self, audio: list[torch.Tensor], num_frames: int, output_type: str) -> Audio:
-        """Audio at `audio_sampling_rate` itself, of the length that decoding `num_frames` latents would give it."""
-        num_samples = num_frames * self.audio_hop_length * self.audio_sampling_rate // self.audio_vae_sampling_rate
-        passed = torch.stack([fit_audio(item, num_samples) for item in audio])
-        return passed if output_type == "pt" else passed.numpy()
 
     def denoise(
         self,
@@ -555,14 +536,14 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         audio_scheduler = copy.deepcopy(scheduler)  # both solvers keep a state of their own
         self._num_timesteps = len(scheduler.timesteps)
-        step_kwargs = {"return_dict": False}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            step_kwargs["generator"] = generator
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        step_kwargs = {"return_dict": False} | ({"generator": generator} if takes_generator else {})
 
         prompt_embeds, mask, negative_prompt_embeds, negative_mask = text
         prompt_embeds, mask = trim_embeds(prompt_embeds, mask)
         if self.do_classifier_free_guidance:
             negative_prompt_embeds, negative_mask = trim_embeds(negative_prompt_embeds, negative_mask)
+        options = {"attention_kwargs": self.attention_kwargs, "return_dict": False}
         (callback, step_inputs), names = on_step_end, self._callback_tensor_inputs
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
@@ -578,19 +559,16 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
                 for name, embeds, embeds_mask in branches:  # one after the other, each unpadded
                     text = {"encoder_hidden_states": embeds, "encoder_attention_mask": embeds_mask}
                     with self.transformer.cache_context(name, num_inference_steps=self.num_timesteps, **context):
-                        velocity = self.transformer(
-                            latents, audio_latents, **text, attention_kwargs=self.attention_kwargs, return_dict=False
-                        )
-                    velocities.append(velocity)
+                        velocities.append(self.transformer(latents, audio_latents, **text, **options))
                 if len(velocities) == 2:
                     triples = zip(*velocities, (guidance_at(t), self.audio_guidance_scale), strict=True)
-                    velocity = [uncond + scale * (cond - uncond) for cond, uncond, scale in triples]
-                video_velocity, audio_velocity = velocity
-                latents = scheduler.step(video_velocity, t, latents, **step_kwargs)[0]
+                    velocities = [[uncond + scale * (cond - uncond) for cond, uncond, scale in triples]]
+                ((velocity, audio_velocity),) = velocities
+                latents = scheduler.step(velocity, t, latents, **step_kwargs)[0]
                 if moves_audio:
                     audio_latents = audio_scheduler.step(audio_velocity, t, audio_latents, **step_kwargs)[0]
                 if callback is not None:
-                    tensors = (latents, audio_latents, prompt_embeds, negative_prompt_embeds)
+                    tensors = latents, audio_latents, prompt_embeds, negative_prompt_embeds
                     tensors = dict(zip(names, tensors, strict=True))
                     tensors |= callback(self, i, t, {name: tensors[name] for name in step_inputs}) or {}
                     latents, audio_latents, prompt_embeds, negative_prompt_embeds = map(tensors.get, names)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
@@ -27,22 +26,6 @@ from .pipeline_base import (
     repeat,
 )
 from .transformer_magihuman import MagiHumanTransformer3DModel
-
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> import diffusers_magihuman
-        >>> from diffusers import DiffusionPipeline
-        >>> from diffusers_magihuman import export_to_mp4
-
-        >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
-        >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
-        >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
-        >>> export_to_mp4(out.frames[0], "out.mp4", audio=out.audio[0])
-        ```
-"""
 
 
 class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
@@ -86,7 +69,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         """
         num_prompts = super().check_inputs(inputs)
         batch_size = num_prompts * inputs["num_videos_per_prompt"]
-        size = inputs["num_frames"], inputs["height"], inputs["width"]
+        size = (inputs[name] for name in ("num_frames", "height", "width"))
         shape, audio_shape = self.latent_shapes(batch_size, *size)
         check_tensor(inputs, "latents", shape)
         check_tensor(inputs, "audio_latents", audio_shape)
@@ -122,21 +105,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32), audio_latents.to(device, torch.float32)
 
-    def _default_num_frames(
-        self, audio: list[torch.Tensor] | None, conditioning_audio_latents: torch.Tensor | None
-    ) -> int:
-        if conditioning_audio_latents is not None:
-            return conditioning_audio_latents.shape[1]
-        if audio is None:
-            return self.config.default_num_frames
-        lengths = {count_audio_latents(item.shape[1], self.audio_hop_length) for item in audio}
-        if len(lengths) > 1 or min(lengths) < 1:
-            frames = f"{sorted(lengths)} frames of 1/{FRAME_RATE} s"
-            raise ValueError(f"`audio` lasts {frames}; without `num_frames` it must be one or more, for all the same.")
-        return lengths.pop()
-
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -195,20 +164,29 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             image_latents, conditioning_audio_latents (`torch.Tensor`, *optional*): Normalised latents in place of
                 `image` `(num_items, channels, 1, latent_height, latent_width)` and of `audio`
                 `(num_items, num_frames, channels)`.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings in place of the prompts, see [`~MagiHumanPipeline.encode_prompt`].
-            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
-                *optional*): True for real tokens; padding may stand on either side.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts
+                `(num_prompts, length, channels)`, see [`~MagiHumanPipeline.encode_prompt`].
+            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor`, *optional*): `(num_prompts, length)`, true
+                for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
                 are decoded as they are consumed, for example by [`export_to_mp4`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; may
-                return a `dict` of tensors that it changed.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors that it is given.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; returns
+                those of `callback_on_step_end_tensor_inputs`, by default the latents, that it changes, or nothing.
             max_sequence_length (`int`, defaults to 640): Text tokens used.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers import DiffusionPipeline
+            >>> from diffusers_magihuman import export_to_mp4
+
+            >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
+            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
+            >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
+            >>> export_to_mp4(out.frames[0], "out.mp4", audio=out.audio[0])
+            ```
 
         Returns:
             [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio.
@@ -230,15 +208,23 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         images = None if image is None else load_images(image)
         audio = None if audio is None else load_audios(audio, self.audio_vae_sampling_rate)[0]
         if num_frames is None:
-            num_frames = self._default_num_frames(audio, conditioning_audio_latents)
+            num_frames = self.config.default_num_frames
+            if conditioning_audio_latents is not None:
+                num_frames = conditioning_audio_latents.shape[1]
+            elif audio is not None:
+                lengths = sorted({count_audio_latents(item.shape[1], self.audio_hop_length) for item in audio})
+                num_frames = lengths[0]
+                if len(lengths) > 1 or num_frames < 1:
+                    allowed = f"without `num_frames` all must last the same, 1/{FRAME_RATE} s or more"
+                    raise ValueError(f"`audio` lasts {lengths} frames; {allowed}.")
 
         # 2. Check everything before a model runs
         # A callback of Diffusers names its tensors itself.
         step_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         prompts = {"prompt": prompt, "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask}
-        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds": negative_prompt_embeds}
-        prompts |= {"negative_prompt_embeds_mask": negative_prompt_embeds_mask}
-        prompts |= {"num_videos_per_prompt": num_videos_per_prompt, "max_sequence_length": max_sequence_length}
+        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds_mask": negative_prompt_embeds_mask}
+        prompts |= {"negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length}
+        prompts |= {"num_videos_per_prompt": num_videos_per_prompt}
         inputs = prompts | {"image": images, "audio": audio, "latents": latents, "audio_latents": audio_latents}
         inputs |= {"image_latents": image_latents, "conditioning_audio_latents": conditioning_audio_latents}
         inputs |= {"height": height, "width": width, "num_frames": num_frames, "generator": generator}

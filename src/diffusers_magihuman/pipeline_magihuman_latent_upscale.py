@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
@@ -24,43 +23,17 @@ from .pipeline_base import (
     check_forms,
     check_lengths,
     check_tensor,
+    fit_audio,
     load_audios,
     repeat,
 )
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> import diffusers_magihuman
-        >>> from diffusers import DiffusionPipeline
-        >>> from diffusers_magihuman import export_to_mp4
-
-        >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
-        >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
-        >>> pipe.enable_model_cpu_offload()
-        >>> low = pipe(prompt, output_type="latent")
-
-        >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
-        >>> upscale.enable_model_cpu_offload()
-        >>> upscale.vae.enable_tiling()
-        >>> high = upscale(prompt, latents=low.frames, audio_latents=low.audio, output_type="stream")
-        >>> export_to_mp4(high.frames[0], "out.mp4", audio=high.audio[0])
-        ```
-"""
-
-
 def zero_snr_signal_scales() -> torch.Tensor:
     """
-    How much of a sample is left at each noise level, from nearly all to nothing.
-
-    The scaled-linear schedule of latent diffusion, moved and stretched so that its end is pure noise
-    ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
-
-    Returns:
-        `torch.Tensor` of shape `(1000,)`: Factors of the sample; the noise has `sqrt(1 - factor**2)`.
+    Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise; scaled-linear
+    and stretched so that they end in pure noise ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
     """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scales = (1 - betas).cumprod(dim=0).float().sqrt()
@@ -75,8 +48,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
     Args:
         tokenizer, text_encoder, scheduler, vae, audio_vae: See [`MagiHumanPipeline`].
-        transformer ([`MagiHumanTransformer3DModel`]):
-            A transformer for super-resolution, which is one with `coordinate_style="v1"`.
+        transformer ([`MagiHumanTransformer3DModel`]): One for super-resolution, with `coordinate_style="v1"`.
         default_height, default_width (`int`, defaults to 1088 and 1920): Size in pixels when a call names none.
 
     Raises:
@@ -99,10 +71,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         default_width: int = 1920,
     ) -> None:
         if transformer is not None and transformer.config.coordinate_style != "v1":
-            raise ValueError(
-                f"`transformer` has `coordinate_style`={transformer.config.coordinate_style!r}, which the base and"
-                " distilled models have; it must be a model for super-resolution, with 'v1'."
-            )
+            style = transformer.config.coordinate_style
+            raise ValueError(f"`transformer` has `coordinate_style`={style!r}; one for super-resolution has 'v1'.")
         super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
         self.register_to_config(default_height=default_height, default_width=default_width)
 
@@ -147,9 +117,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         num_frames, _, height, width = next(iter(shapes))
         if len(shapes) > 1 or num_frames % ratio != 1 or height % multiple or width % multiple:
             allowed = f"{ratio} * k + 1 frames, height and width multiples of {multiple}, all videos of one shape"
-            raise ValueError(
-                f"`video` has shape {sorted(shapes)} (frames, channels, height, width); allowed: {allowed}."
-            )
+            raise ValueError(f"`video` has shape {sorted(shapes)}, frames first; it must have {allowed}.")
         return len(inputs["video"]), num_frames // ratio + 1, height, width
 
     def prepare_latents(
@@ -164,16 +132,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         device: torch.device,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Resizes latents and mixes them with noise, the video's drawn before the audio's as the original does.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`):
-                Latents of the video in low resolution.
-            audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`, *optional*):
-                Latents of the audio; nothing but noise without them.
-            height, width (`int`): Size of the video in high resolution, in pixels.
-            noise_level (`int`): Index into [`zero_snr_signal_scales`].
-            audio_noise_scale (`float`): Share of noise in the audio.
+        Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width` in
+        pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the video's
+        drawn before the audio's as the original does. See the call for `noise_level`, an index into
+        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise.
 
         Returns:
             `tuple`: Float32 latents of the video in high resolution, and of the audio that the transformer sees.
@@ -194,7 +156,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         return latents, noise * audio_noise_scale + audio_latents * (1 - audio_noise_scale)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -246,8 +207,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
                 `audio`, also one for all. Without either the video is upscaled without audio.
             image_latents (`torch.Tensor` of shape `(num_items, channels, 1, height / 16, width / 16)`, *optional*):
                 Normalised latents in place of `image`.
-            height, width (`int`, *optional*): Size in pixels, multiples of 32 and not less than now. Default to those
-                saved with the pipeline.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32, at least the video's; by default saved.
             num_inference_steps (`int`, defaults to 5): Number of steps.
             guidance_scale (`float`, defaults to 1.0): Guidance, off at 1; the original uses 3.5 where it is on.
             leading_guidance_scale (`float`, defaults to 2.0): Guidance of the first `num_leading_frames` latent
@@ -256,20 +216,35 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             noise_level (`int`, defaults to 220): How much noise is added, from 0 to 999 for nothing but noise.
             audio_noise_scale (`float`, defaults to 0.7): Share of noise in the audio that the transformer sees.
             generator (`torch.Generator` or a list, one for each video, *optional*): Makes the result deterministic.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings in place of the prompts, see [`~MagiHumanPipeline.encode_prompt`].
-            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
-                *optional*): True for real tokens; padding may stand on either side.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts
+                `(num_prompts, length, channels)`, see [`~MagiHumanPipeline.encode_prompt`].
+            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor`, *optional*): `(num_prompts, length)`, true
+                for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
                 are decoded as they are consumed, for example by [`export_to_mp4`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; may
-                return a `dict` of tensors that it changed.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors that it is given.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; returns
+                those of `callback_on_step_end_tensor_inputs`, by default the latents, that it changes, or nothing.
             max_sequence_length (`int`, defaults to 640): Text tokens used.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers import DiffusionPipeline
+            >>> from diffusers_magihuman import export_to_mp4
+
+            >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
+            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
+            >>> pipe.enable_model_cpu_offload()
+            >>> low = pipe(prompt, output_type="latent")
+
+            >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
+            >>> upscale.enable_model_cpu_offload()
+            >>> upscale.vae.enable_tiling()
+            >>> high = upscale(prompt, latents=low.frames, audio_latents=low.audio, output_type="stream")
+            >>> export_to_mp4(high.frames[0], "out.mp4", audio=high.audio[0])
+            ```
 
         Returns:
             [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio; with `"latent"` the audio's latents as given.
@@ -292,15 +267,14 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         # A callback of Diffusers names its tensors itself.
         step_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         prompts = {"prompt": prompt, "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask}
-        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds": negative_prompt_embeds}
-        prompts |= {"negative_prompt_embeds_mask": negative_prompt_embeds_mask}
-        prompts |= {"max_sequence_length": max_sequence_length}
+        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds_mask": negative_prompt_embeds_mask}
+        prompts |= {"negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length}
         inputs = prompts | {"video": videos, "image": images, "audio": audio, "latents": latents}
         inputs |= {"audio_latents": audio_latents, "image_latents": image_latents, "generator": generator}
         inputs |= {"height": height, "width": width, "num_inference_steps": num_inference_steps}
         inputs |= {"leading_guidance_scale": leading_guidance_scale, "num_leading_frames": num_leading_frames}
-        inputs |= {"noise_level": noise_level, "audio_noise_scale": audio_noise_scale, "output_type": output_type}
-        inputs |= {"callback_on_step_end_tensor_inputs": step_inputs}
+        inputs |= {"noise_level": noise_level, "audio_noise_scale": audio_noise_scale}
+        inputs |= {"output_type": output_type, "callback_on_step_end_tensor_inputs": step_inputs}
         prompts["num_videos_per_prompt"] = self.check_inputs(inputs)
         device = self._execution_device
 
@@ -344,7 +318,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         if output_type != "latent":
             frames = self.decode_latents(latents, output_type)
             if audio is not None:
-                output_audio = self.pass_audio_through(repeat(passed_audio, batch_size), num_frames, output_type)
+                # At the rate of the output itself, of the length that decoding would give it.
+                num_samples = num_frames * self.audio_sampling_rate // FRAME_RATE
+                passed = torch.stack([fit_audio(item, num_samples) for item in repeat(passed_audio, batch_size)])
+                output_audio = passed if output_type == "pt" else passed.numpy()
             elif audio_latents is not None:
                 output_audio = self.decode_audio(audio_latents.to(device), output_type)
         self.maybe_free_model_hooks()
