@@ -137,14 +137,12 @@ def check_prompts(inputs: Inputs, text_channels: int) -> int:
         texts = inputs[name] if isinstance(inputs[name], list) else [inputs[name]] * num_prompts
         are_texts = all(isinstance(text, str) and (text.strip() or not is_needed) for text in texts)
         if inputs[name] is not None and not (are_texts and len(texts) == num_prompts > 0):
-            allowed = f"a {'non-empty ' * is_needed}string, or a list of them, one for each prompt"
+            allowed = f"a {'non-empty ' * is_needed}string, or a list of them, one for each of {num_prompts} prompts"
             raise ValueError(f"`{name}`={inputs[name]!r} must be {allowed}.")
         check_tensor(inputs, f"{name}_embeds", (num_prompts, None, text_channels))
         embeds, mask = inputs[f"{name}_embeds"], inputs[f"{name}_embeds_mask"]
         if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
-            raise ValueError(
-                f"`{name}_embeds_mask` of shape {tuple(mask.shape)} must have that of `{name}_embeds`[:2]."
-            )
+            raise ValueError(f"`{name}_embeds_mask` has shape {tuple(mask.shape)}, unlike `{name}_embeds`[:2].")
     return num_prompts
 
 
@@ -327,8 +325,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
     `text_encoder` when embeddings are given or the autoencoders with `output_type="latent"`.
 
     Args:
-        tokenizer (`GemmaTokenizer`): Tokenizer of the text encoder.
-        text_encoder (`T5GemmaEncoderModel`): The encoder of T5Gemma 9B.
+        tokenizer (`GemmaTokenizer`), text_encoder (`T5GemmaEncoderModel`): Those of T5Gemma 9B.
         transformer ([`MagiHumanTransformer3DModel`]): Predicts the velocity of video and audio latents together.
         scheduler ([`MagiHumanFlowScheduler`]): Noise levels and solver; any flow scheduler will do.
         vae ([`AutoencoderKLMagiHumanTurbo`] or `AutoencoderKLWan`): Autoencoder of Wan 2.2 video latents.
@@ -482,14 +479,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         Encodes prompts, each alone as the original does, rounded to float16.
 
         Args:
-            prompt, negative_prompt (`str` or `list[str]`, *optional*): What to show, and to steer away from; by
-                default faults of the picture, of the audio and of the delivery.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
             num_videos_per_prompt (`int`, defaults to 1): How often each embedding is repeated.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts,
-                `(num_prompts, length, channels)`; masks `(num_prompts, length)` are true for real tokens.
-            max_sequence_length (`int`, defaults to 640): Embeddings of further tokens are cut off, with a warning.
-            device (`torch.device`, *optional*): Where to encode.
+            device (`torch.device`, *optional*): Where to encode. All other arguments are those of the call.
 
         Returns:
             `tuple`: Float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then

@@ -164,8 +164,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             image_latents, conditioning_audio_latents (`torch.Tensor`, *optional*): Normalised latents in place of
                 `image` `(num_items, channels, 1, latent_height, latent_width)` and of `audio`
                 `(num_items, num_frames, channels)`.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts
-                `(num_prompts, length, channels)`, see [`~MagiHumanPipeline.encode_prompt`].
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts, what
+                [`~MagiHumanPipeline.encode_prompt`] returns, `(num_prompts, length, channels)`.
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor`, *optional*): `(num_prompts, length)`, true
                 for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
@@ -174,7 +174,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; returns
                 those of `callback_on_step_end_tensor_inputs`, by default the latents, that it changes, or nothing.
-            max_sequence_length (`int`, defaults to 640): Text tokens used.
+            max_sequence_length (`int`, defaults to 640): Text tokens used; others are cut off, with a warning.
 
         Examples:
             ```py

@@ -216,8 +216,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             noise_level (`int`, defaults to 220): How much noise is added, from 0 to 999 for nothing but noise.
             audio_noise_scale (`float`, defaults to 0.7): Share of noise in the audio that the transformer sees.
             generator (`torch.Generator` or a list, one for each video, *optional*): Makes the result deterministic.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts
-                `(num_prompts, length, channels)`, see [`~MagiHumanPipeline.encode_prompt`].
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts, what
+                [`~MagiHumanPipeline.encode_prompt`] returns, `(num_prompts, length, channels)`.
             prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor`, *optional*): `(num_prompts, length)`, true
                 for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
@@ -226,7 +226,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; returns
                 those of `callback_on_step_end_tensor_inputs`, by default the latents, that it changes, or nothing.
-            max_sequence_length (`int`, defaults to 640): Text tokens used.
+            max_sequence_length (`int`, defaults to 640): Text tokens used; others are cut off, with a warning.
 
         Examples:
             ```py

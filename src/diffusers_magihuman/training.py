@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses for training the transformer: flow matching of video and audio together, super-resolution, and distribution
-matching. Pure functions: loops, optimisers and files are the scripts' under `examples/`. Latents are normalised, as
-the pipelines give them with `output_type="latent"`.
+"""Losses for training the transformer: flow matching of video and audio, super-resolution, distribution matching.
+
+Pure functions of normalised latents, as the pipelines give them with `output_type="latent"`; loops are in `examples/`.
 """
 
 from typing import NamedTuple
