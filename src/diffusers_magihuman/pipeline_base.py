@@ -21,7 +21,6 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput, logging
 from diffusers.video_processor import VideoProcessor
 from torch.nn.utils.rnn import pad_sequence
@@ -38,26 +37,25 @@ logger = logging.get_logger(__name__)
 Audio = torch.Tensor | np.ndarray
 Frames = torch.Tensor | np.ndarray | list[list[PIL.Image.Image]] | list[Iterator[np.ndarray]]
 Generators = torch.Generator | list[torch.Generator] | None
-StepCallback = Callable[[Any, int, torch.Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
-Text = tuple[torch.Tensor, torch.Tensor | None]  # embeddings and the mask of tokens that are real
+Inputs = dict[str, Any]  # arguments of a call by name
+StepCallback = Callable[[Any, int, torch.Tensor, dict], dict | None]
+Text = tuple[torch.Tensor | None, torch.Tensor | None]  # embeddings and the mask of tokens that are real
 
 FRAME_RATE = 25  # frames, and audio latents, a second
 MAX_SEQUENCE_LENGTH = 640
 AUDIO_WINDOW_LENGTH = 29 * FRAME_RATE  # latents
 OUTPUT_TYPES = ("latent", "pt", "np", "pil", "stream")
-
+COUNT, SCALE = (Integral, 1, sys.maxsize), (Real, -sys.maxsize, sys.maxsize)
 # Kind and limits of the arguments that are numbers.
 NUMBERS: dict[str, tuple[type, float, float]] = {
-    **dict.fromkeys(("height", "width", "num_frames"), (Integral, 1, sys.maxsize)),
-    **dict.fromkeys(("num_inference_steps", "num_videos_per_prompt"), (Integral, 1, sys.maxsize)),
-    **dict.fromkeys(("guidance_scale", "audio_guidance_scale"), (Real, -sys.maxsize, sys.maxsize)),
-    **dict.fromkeys(("low_noise_guidance_scale", "leading_guidance_scale"), (Real, -sys.maxsize, sys.maxsize)),
-    "num_leading_frames": (Integral, 0, sys.maxsize),
-    "noise_level": (Integral, 0, 999),
+    **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt"), COUNT),
+    **dict.fromkeys(("guidance_scale", "audio_guidance_scale", "low_noise_guidance_scale"), SCALE),
+    "leading_guidance_scale": SCALE,
     "audio_noise_scale": (Real, 0, 1),
+    "noise_level": (Integral, 0, 999),
+    "num_leading_frames": (Integral, 0, sys.maxsize),
     "max_sequence_length": (Integral, 1, MAX_SEQUENCE_LENGTH),
 }
-
 DEFAULT_NEGATIVE_PROMPT = (
     "Poor picture: blurred, out of focus, overexposed, washed-out or garish colours, grain, compression blocks,"
     " ghosting, flicker, frozen frame, jump cut, shaking camera, subtitles, caption, logo, watermark, painting,"
@@ -77,12 +75,12 @@ class MagiHumanPipelineOutput(BaseOutput):
     Videos at 25 frames a second, and their audio.
 
     Args:
-        frames (`torch.Tensor`, `np.ndarray` or `list`): `(batch_size, num_frames, height, width, 3)` for `"np"`,
-            `(batch_size, num_frames, 3, height, width)` for `"pt"`, both in [0, 1]; lists of images for `"pil"`;
-            iterators that decode the frames of `"np"` as they are consumed for `"stream"`; latents
-            `(batch_size, channels, latent_frames, latent_height, latent_width)` for `"latent"`.
+        frames (`torch.Tensor`, `np.ndarray` or `list`): For `"np"` `(batch_size, num_frames, height, width, 3)`, for
+            `"pt"` `(batch_size, num_frames, 3, height, width)`, both in [0, 1]; lists of images for `"pil"`; iterators
+            that decode the frames of `"np"` as they are consumed for `"stream"`; for `"latent"` latents
+            `(batch_size, channels, latent_frames, latent_height, latent_width)`.
         audio (`torch.Tensor` or `np.ndarray`, *optional*): `(batch_size, 2, num_samples)` in about [-1, 1] at the
-            pipeline's `audio_sampling_rate`; latents `(batch_size, audio_length, channels)` for `"latent"`; `None` if
+            pipeline's `audio_sampling_rate`; for `"latent"` latents `(batch_size, audio_length, channels)`; `None` if
             a video without audio was upscaled.
     """
 
@@ -90,21 +88,20 @@ class MagiHumanPipelineOutput(BaseOutput):
     audio: Audio | None
 
 
-# Checks, which raise a `ValueError` that names the argument, its value and what is allowed
-
-
-def check_numbers(**numbers: Any) -> None:
+def check_numbers(inputs: Inputs) -> None:
     """Numbers, which booleans are not, must be of the kind and within the limits of `NUMBERS`, and so finite."""
-    for name, value in numbers.items():
-        kind, low, high = NUMBERS[name]
+    for name, (kind, low, high) in NUMBERS.items():
+        value = inputs.get(name, low)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            kind_name = "an integer" if kind is Integral else "a number"
-            raise ValueError(f"`{name}`={value!r} must be {kind_name} in {low} to {high}.")
+            number = "an integer" if kind is Integral else "a number"
+            raise ValueError(f"`{name}`={value!r} must be {number} in {low} to {high}.")
 
 
-def check_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int | None]) -> None:
-    """A tensor must be finite and of the shape, in which `None` allows any size but 0."""
-    pairs = [*zip(tensor.shape, shape, strict=False)]
+def check_tensor(inputs: Inputs, name: str, shape: Sequence[int | None]) -> None:
+    """A tensor, if given, must be finite and of the shape, in which `None` allows any size but 0."""
+    if (tensor := inputs[name]) is None:
+        return
+    pairs = zip(tensor.shape, shape, strict=False)
     if tensor.ndim != len(shape) or any(size < 1 or allowed not in (None, size) for size, allowed in pairs):
         sizes = ", ".join("any" if allowed is None else str(allowed) for allowed in shape)
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but must have shape ({sizes}), no size 0.")
@@ -112,74 +109,68 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int | None]) -
         raise ValueError(f"`{name}` holds NaN or infinite values; all of them must be finite.")
 
 
-def check_forms(is_needed: bool, **forms: Any) -> None:
+def check_forms(inputs: Inputs, *names: str, is_needed: bool = False) -> None:
     """One thing may be given in one form only, and must be if it is needed."""
-    given = [name for name, value in forms.items() if value is not None]
+    given = [name for name in names if inputs[name] is not None]
     if len(given) > 1 or (is_needed and not given):
-        raise ValueError(f"{'Exactly' if is_needed else 'At most'} one of {[*forms]} may be given, but {given} are.")
+        raise ValueError(f"{'Exactly' if is_needed else 'At most'} one of {[*names]} may be given, but {given} are.")
 
 
-def check_lengths(num_prompts: int, batch_size: int, generator: Generators, **items: Any) -> None:
+def check_lengths(inputs: Inputs, *names: str, num_prompts: int, batch_size: int) -> None:
     """A list of generators must have one for each video, other items one for all, for each prompt or each video."""
+    generator = inputs["generator"]
     generators = generator if isinstance(generator, list) else [generator] * batch_size
     if len(generators) != batch_size or not all(isinstance(each, torch.Generator | None) for each in generators):
         raise ValueError(f"`generator`={generator!r} must be one, or a list of {batch_size}, one for each video.")
-    for name, values in items.items():
-        if values is not None and len(values) not in (1, num_prompts, batch_size):
+    for name in names:
+        if inputs[name] is not None and len(inputs[name]) not in (1, num_prompts, batch_size):
             allowed = f"1, one for each prompt ({num_prompts}) or one for each video ({batch_size})"
-            raise ValueError(f"`{name}` has {len(values)} items, but must have {allowed}.")
+            raise ValueError(f"`{name}` has {len(inputs[name])} items, but must have {allowed}.")
 
 
-def check_prompts(text_channels: int, prompts: dict[str, Any]) -> int:
-    """The arguments about prompts, by name, must give each in one form, of the right shape; returns their number."""
-    prompt, embeds = prompts["prompt"], prompts["prompt_embeds"]
-    check_forms(True, prompt=prompt, prompt_embeds=embeds)
-    texts = prompt if isinstance(prompt, list) else [prompt]
-    if prompt is not None and not (texts and all(isinstance(text, str) and text.strip() for text in texts)):
-        raise ValueError(f"`prompt`={prompt!r} must be a non-empty string or a list of them.")
-    num_prompts = len(texts if embeds is None else embeds)
-
-    negative_prompt = prompts["negative_prompt"]
-    check_forms(False, negative_prompt=negative_prompt, negative_prompt_embeds=prompts["negative_prompt_embeds"])
-    texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt] * num_prompts
-    are_texts = negative_prompt is None or all(isinstance(text, str) for text in texts)
-    if len(texts) != num_prompts or not are_texts:
-        raise ValueError(f"`negative_prompt`={negative_prompt!r} must be a string or a list of {num_prompts} strings.")
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        embeds, mask = prompts[name], prompts[f"{name}_mask"]
-        if embeds is not None:
-            check_tensor(name, embeds, (num_prompts, None, text_channels))
+def check_prompts(inputs: Inputs, text_channels: int) -> int:
+    """Prompts and negative ones must each be given in one form, of the right shape; returns the number of prompts."""
+    prompt, embeds = inputs["prompt"], inputs["prompt_embeds"]
+    num_prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    for name, is_needed in (("prompt", True), ("negative_prompt", False)):
+        check_forms(inputs, name, f"{name}_embeds", is_needed=is_needed)
+        texts = inputs[name] if isinstance(inputs[name], list) else [inputs[name]] * num_prompts
+        are_texts = all(isinstance(text, str) and (text.strip() or not is_needed) for text in texts)
+        if inputs[name] is not None and not (are_texts and len(texts) == num_prompts > 0):
+            allowed = f"a {'non-empty ' * is_needed}string, or a list of them, one for each of {num_prompts} prompts"
+            raise ValueError(f"`{name}`={inputs[name]!r} must be {allowed}.")
+        check_tensor(inputs, f"{name}_embeds", (num_prompts, None, text_channels))
+        embeds, mask = inputs[f"{name}_embeds"], inputs[f"{name}_embeds_mask"]
         if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
-            raise ValueError(f"`{name}_mask` has shape {tuple(mask.shape)}, but must have the first two of `{name}`.")
+            raise ValueError(f"`{name}_embeds_mask` has shape {tuple(mask.shape)}, unlike `{name}_embeds`[:2].")
     return num_prompts
 
 
-# Text, images and audio to latents
-
-
 def encode_texts(
-    pipe: Any, texts: list[str], max_sequence_length: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes each text alone, rounded to float16: float32 `(num_texts, length, channels)`, and the mask."""
-    embeds = []
-    for text in texts:
-        input_ids = pipe.tokenizer(text, return_tensors="pt").input_ids.to(device)
-        if input_ids.shape[1] > max_sequence_length:
-            cut = pipe.tokenizer.decode(input_ids[0, max_sequence_length:])
-            logger.warning(
-                f"The prompt has {input_ids.shape[1]} tokens; those beyond `max_sequence_length`="
-                f"{max_sequence_length} are cut off: {cut!r}"
-            )
-        if input_ids.shape[1] == 0:
-            if pipe.tokenizer.bos_token_id is None:
-                raise ValueError(f"The tokenizer finds no token in the prompt {text!r}; at least one is needed.")
-            # What the tokenizer of the published models makes of an empty text.
-            input_ids = torch.tensor([[pipe.tokenizer.bos_token_id]], device=device)
-        hidden_states = pipe.text_encoder(input_ids=input_ids).last_hidden_state[0, :max_sequence_length]
-        embeds.append(hidden_states.half().float())
-    lengths = torch.tensor([len(states) for states in embeds], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    return pad_sequence(embeds, batch_first=True), mask
+    pipe: Any, texts: list[str] | None, given: Text, max_sequence_length: int, device: torch.device, num_videos: int
+) -> Text:
+    """Encodes each text alone, rounded to float16, unless embeddings are given; repeats them and their mask."""
+    embeds, mask = given
+    if embeds is None:
+        states = []
+        for text in texts:
+            input_ids = pipe.tokenizer(text, return_tensors="pt").input_ids.to(device)
+            if input_ids.shape[1] > max_sequence_length:
+                cut = pipe.tokenizer.decode(input_ids[0, max_sequence_length:])
+                limit = f"those beyond `max_sequence_length`={max_sequence_length} are cut off: {cut!r}"
+                logger.warning(f"The prompt has {input_ids.shape[1]} tokens; {limit}")
+            if input_ids.shape[1] == 0:
+                if pipe.tokenizer.bos_token_id is None:
+                    raise ValueError(f"The tokenizer finds no token in the prompt {text!r}; at least one is needed.")
+                # What the tokenizer of the published models makes of an empty text.
+                input_ids = torch.tensor([[pipe.tokenizer.bos_token_id]], device=device)
+            hidden_states = pipe.text_encoder(input_ids=input_ids).last_hidden_state[0, :max_sequence_length]
+            states.append(hidden_states.half().float())
+        embeds = pad_sequence(states, batch_first=True)
+        mask = pad_sequence([torch.ones(len(each)) for each in states], batch_first=True)
+    mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+    embeds, mask = embeds.to(device), mask.to(device, torch.bool)
+    return embeds.repeat_interleave(num_videos, dim=0), mask.repeat_interleave(num_videos, dim=0)
 
 
 def trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> Text:
@@ -191,17 +182,8 @@ def trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> Text:
 
 def repeat(items: torch.Tensor | list, batch_size: int) -> torch.Tensor | list:
     """Repeats each item, so that there is one for each video."""
-    times = batch_size // len(items)
-    if isinstance(items, torch.Tensor):
-        return items.repeat_interleave(times, dim=0)
-    return [item for item in items for _ in range(times)]
-
-
-def repeat_embeds(
-    embeds: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.ones(embeds.shape[:2]) if mask is None else mask
-    return repeat(embeds.to(device), batch_size), repeat(mask.to(device, torch.bool), batch_size)
+    times, is_list = batch_size // len(items), isinstance(items, list)
+    return [item for item in items for _ in range(times)] if is_list else items.repeat_interleave(times, dim=0)
 
 
 def latent_statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,16 +256,15 @@ def encode_audio(
 
     items = audio if isinstance(audio, list) else [audio]
     generators = generator if isinstance(generator, list) else [generator] * len(items)
-    return torch.cat([encode_item(*pair) for pair in zip(items, generators, strict=True)])
+    return torch.cat([*map(encode_item, items, generators)])
 
 
 def encode_in_windows(
     audio: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor], window_length: int, hop_length: int
 ) -> torch.Tensor:
     """
-    Encodes audio `(batch_size, channels, num_samples)` of any length in windows that overlap by half, cross-faded
-    linearly. Returns what `encode` does, `(batch_size, length, latent_channels)`; of several windows
-    `ceil(num_samples / hop_length)` latents.
+    Encodes audio `(batch_size, channels, num_samples)` in windows that overlap by half, cross-faded linearly: to what
+    `encode` returns, `(batch_size, length, latent_channels)`, or of several `ceil(num_samples / hop_length)` latents.
     """
     num_samples = audio.shape[-1]
     if num_samples <= window_length:
@@ -302,35 +283,6 @@ def encode_in_windows(
     return merged[:, : math.ceil(num_samples / hop_length)]
 
 
-# Latents to latents with less noise, to frames and to audio
-
-
-def predict_velocity(
-    pipe: Any,
-    latents: torch.Tensor,
-    audio_latents: torch.Tensor,
-    branches: dict[str, Text],
-    guidance_scale: float | torch.Tensor,
-    **context: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Predicts the velocity of video and audio; the branches, `"cond"` and with guidance `"uncond"`, run one after the
-    other, each unpadded. `context` goes to the caches of the transformer.
-    """
-    velocities = []
-    for name, (embeds, mask) in branches.items():
-        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-        with pipe.transformer.cache_context(name, **context):
-            velocity = pipe.transformer(
-                latents, audio_latents, **text, attention_kwargs=pipe.attention_kwargs, return_dict=False
-            )
-        velocities.append(velocity)
-    if len(velocities) == 1:
-        return velocities[0]
-    scales = (guidance_scale, pipe.audio_guidance_scale)
-    return tuple(uncond + scale * (cond - uncond) for cond, uncond, scale in zip(*velocities, scales, strict=True))
-
-
 def keep_first_frame(latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
     return latents if image_latents is None else torch.cat([image_latents, latents[:, :, 1:]], dim=2)
 
@@ -344,21 +296,18 @@ def decode_windows(pipe: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         yield window.float()
 
 
+def decode_frames(pipe: Any, latents: torch.Tensor, output_type: str) -> Iterator[Any]:
+    """Decodes the latents of one video; each window leaves the device once it is done, unless tensors are wanted."""
+    for window in decode_windows(pipe, latents):
+        yield from pipe.video_processor.postprocess_video(window, output_type)[0]
+
+
 def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str) -> Frames:
     """Decodes normalised latents to frames, see [`MagiHumanPipelineOutput`]."""
     if output_type == "stream":
         return [pipe.stream_frames(sample) for sample in latents.split(1)]
-
-    def decode_sample(sample: torch.Tensor) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
-        # Each window leaves the device as soon as it is done, unless tensors are wanted.
-        process = pipe.video_processor.postprocess_video
-        windows = [process(window, output_type)[0] for window in decode_windows(pipe, sample)]
-        if output_type == "pil":
-            return [frame for window in windows for frame in window]
-        return torch.cat(windows) if output_type == "pt" else np.concatenate(windows)
-
-    videos = [decode_sample(sample) for sample in latents.split(1)]
-    return videos if output_type == "pil" else torch.stack(videos) if output_type == "pt" else np.stack(videos)
+    stack = {"np": np.stack, "pt": torch.stack, "pil": list}[output_type]
+    return stack([stack([*decode_frames(pipe, sample, output_type)]) for sample in latents.split(1)])
 
 
 def decode_audio(pipe: Any, audio_latents: torch.Tensor, output_type: str) -> Audio:
@@ -376,8 +325,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
     `text_encoder` when embeddings are given or the autoencoders with `output_type="latent"`.
 
     Args:
-        tokenizer (`GemmaTokenizer`): Tokenizer of the text encoder.
-        text_encoder (`T5GemmaEncoderModel`): The encoder of T5Gemma 9B.
+        tokenizer (`GemmaTokenizer`), text_encoder (`T5GemmaEncoderModel`): Those of T5Gemma 9B.
         transformer ([`MagiHumanTransformer3DModel`]): Predicts the velocity of video and audio latents together.
         scheduler ([`MagiHumanFlowScheduler`]): Noise levels and solver; any flow scheduler will do.
         vae ([`AutoencoderKLMagiHumanTurbo`] or `AutoencoderKLWan`): Autoencoder of Wan 2.2 video latents.
@@ -396,14 +344,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         self, tokenizer: Any, text_encoder: Any, transformer: Any, scheduler: Any, vae: Any, audio_vae: Any
     ) -> None:
         super().__init__()
-        self.register_modules(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            transformer=transformer,
-            scheduler=scheduler,
-            vae=vae,
-            audio_vae=audio_vae,
-        )
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer)
+        self.register_modules(scheduler=scheduler, vae=vae, audio_vae=audio_vae)
         if text_encoder is not None:
             # Its layers are one level below; goes when Diffusers' group offloading by blocks looks there by itself.
             text_encoder._group_offload_block_modules = ["encoder"]
@@ -418,25 +360,19 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Registers our components as `["diffusers", ClassName]`, the only form that loads from the Hub."""
+        ours = ("diffusers_magihuman.", "diffusers_modules.")
         for name, value in kwargs.items():
-            if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str):
-                is_ours = value[0].split(".")[0] in ("diffusers_magihuman", "diffusers_modules")
-                if is_ours and hasattr(diffusers, value[1]):
-                    kwargs[name] = ("diffusers", value[1])
+            if isinstance(value, tuple) and str(value[0]).startswith(ours) and hasattr(diffusers, value[1]):
+                kwargs[name] = ("diffusers", value[1])
         super().register_to_config(**kwargs)
 
     @classmethod
     def from_pipe(
         cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> "MagiHumanPipeline":
+    ) -> DiffusionPipeline:
         """
-        Makes a pipeline that shares the components of another one.
-
-        Args:
-            pipeline (`DiffusionPipeline`): The other pipeline.
-            dtype (`torch.dtype`, *optional*): Casts all components, those of the other pipeline with them. By default
-                every one stays as it is, unlike in Diffusers: some are float32 on purpose and others are large.
-            kwargs: Components and settings that differ, such as `transformer` and `is_distilled`.
+        Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`. A `dtype`
+        casts them all, the other pipeline's with them; by default, unlike in Diffusers, every one stays as it is.
         """
         if dtype is not None:
             return super().from_pipe(pipeline, dtype=dtype, **kwargs)
@@ -458,8 +394,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             path_or_repo (`str`): Directory, file or repository of the transformer in any published layout.
             variant (`str`, *optional*): One of `original_variants`, guessed from the path when it names just one.
             dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the float32 parts.
-            kwargs: `subfolder`, `text_encoder`, `audio_vae`, `video_vae`, `turbo_vae` and arguments of the downloads,
-                see [`~checkpoints.load_original_components`].
+            kwargs: See [`~checkpoints.load_original_components`]: `subfolder`, the other repositories, downloads.
 
         Raises:
             `ValueError`: The variant is not one of this pipeline, cannot be guessed, or tensors do not fit.
@@ -490,52 +425,41 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         config = self.transformer.config
         return (batch_size, config.in_channels, frames, *size), (batch_size, num_frames, config.audio_in_channels)
 
-    def check_inputs(
-        self,
-        *,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        max_sequence_length: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        encodes: Sequence[str],
-        decodes: Sequence[str],
-        **prompts: Any,
-    ) -> int:
+    def check_inputs(self, inputs: Inputs, has_audio: bool = True) -> int:
         """
-        Checks what both pipelines take, the arguments about prompts in `prompts`; returns the number of prompts.
-        `encodes` and `decodes` name the autoencoders that the call needs, the latter unless it returns latents.
+        Checks what both pipelines take, among the arguments of the call by name, defaults filled in and files read;
+        `has_audio` is whether audio comes out. Returns the number of prompts.
         """
-        check_numbers(height=height, width=width)
-        check_numbers(num_inference_steps=num_inference_steps, max_sequence_length=max_sequence_length)
+        scales = {"guidance_scale": self.guidance_scale, "audio_guidance_scale": self.audio_guidance_scale}
+        check_numbers(inputs | scales)
         multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
-        for name, size in (("height", height), ("width", width)):
-            if size % multiple:
-                raise ValueError(f"`{name}`={size} must be a multiple of {multiple}.")
+        for name in ("height", "width"):
+            if inputs[name] % multiple:
+                raise ValueError(f"`{name}`={inputs[name]} must be a multiple of {multiple}.")
+        output_type, step_inputs = inputs["output_type"], inputs["callback_on_step_end_tensor_inputs"]
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
-        for name in callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                allowed = self._callback_tensor_inputs
-                raise ValueError(f"`callback_on_step_end_tensor_inputs` has {name!r}, which is not in {allowed}.")
-        num_prompts = check_prompts(self.transformer.config.text_in_channels, prompts)
+        allowed = self._callback_tensor_inputs
+        if not set(step_inputs) <= {*allowed}:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs`={step_inputs} must be some of {allowed}.")
+        num_prompts = check_prompts(inputs, self.transformer.config.text_in_channels)
+        check_forms(inputs, "image", "image_latents")
 
-        lacks_negative = self.do_classifier_free_guidance and prompts["negative_prompt_embeds"] is None
-        texts = ("tokenizer", "text_encoder") if prompts["prompt"] is not None or lacks_negative else ()
-        needed = (*texts, *encodes, *(() if output_type == "latent" else decodes))
-        missing = sorted({name for name in needed if getattr(self, name) is None})
+        decodes = output_type != "latent"
+        encodes_video = any(inputs.get(name) is not None for name in ("image", "video"))
+        lacks_negative = self.do_classifier_free_guidance and inputs["negative_prompt_embeds"] is None
+        needed = dict.fromkeys(("tokenizer", "text_encoder"), inputs["prompt"] is not None or lacks_negative)
+        needed["vae"] = decodes or encodes_video
+        needed["audio_vae"] = (decodes and has_audio) or inputs["audio"] is not None
+        missing = [name for name, is_needed in needed.items() if is_needed and getattr(self, name) is None]
         if missing:
-            raise ValueError(
-                f"This call needs {missing}, which the pipeline was loaded without. Without them it takes embeddings"
-                " (and with guidance negative ones) and latents, and `output_type='latent'`."
-            )
+            allowed = "embeddings (with guidance negative ones) and latents, and `output_type='latent'`"
+            raise ValueError(f"This call needs {missing}, which the pipeline lacks; without them it takes {allowed}.")
         is_turbo = isinstance(self.vae, AutoencoderKLMagiHumanTurbo)
-        if "vae" in encodes and is_turbo and self.vae.encoder is None:
+        if encodes_video and is_turbo and self.vae.encoder is None:
             raise ValueError("`image` and `video` need a `vae` that encodes, but this one was loaded without encoder.")
         if output_type == "stream" and not is_turbo:
-            vae = type(self.vae).__name__
-            raise ValueError(f"`output_type`='stream' needs an AutoencoderKLMagiHumanTurbo as `vae`, not {vae}.")
+            raise ValueError("`output_type`='stream' needs an AutoencoderKLMagiHumanTurbo as `vae`.")
         return num_prompts
 
     def encode_prompt(
@@ -555,37 +479,22 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         Encodes prompts, each alone as the original does, rounded to float16.
 
         Args:
-            prompt, negative_prompt (`str` or `list[str]`, *optional*): What to show, and to steer away from;
-                by default faults of the picture, of the audio and of the delivery.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
             num_videos_per_prompt (`int`, defaults to 1): How often each embedding is repeated.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): In place of the prompts.
-            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
-                *optional*): True for real tokens; all are real if left out.
-            max_sequence_length (`int`, defaults to 640): Embeddings of further tokens are cut off, with a warning.
-            device (`torch.device`, *optional*): Where to encode.
+            device (`torch.device`, *optional*): Where to encode. All other arguments are those of the call.
 
         Returns:
             `tuple`: Float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then
             both for the negative prompts, `None` without guidance.
         """
-        device = device or self._execution_device
-        if prompt_embeds is None:
-            texts = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds, prompt_embeds_mask = encode_texts(self, texts, max_sequence_length, device)
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            texts = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-            texts = [texts] * len(prompt_embeds) if isinstance(texts, str) else texts
-            negative_prompt_embeds, negative_prompt_embeds_mask = encode_texts(
-                self, texts, max_sequence_length, device
-            )
-        batch_size = len(prompt_embeds) * num_videos_per_prompt
-        prompt_embeds, prompt_embeds_mask = repeat_embeds(prompt_embeds, prompt_embeds_mask, batch_size, device)
+        options = max_sequence_length, device or self._execution_device, num_videos_per_prompt
+        texts, given = [prompt] if isinstance(prompt, str) else prompt, (prompt_embeds, prompt_embeds_mask)
+        prompt_embeds, prompt_embeds_mask = encode_texts(self, texts, given, *options)
         if do_classifier_free_guidance:
-            negative_prompt_embeds, negative_prompt_embeds_mask = repeat_embeds(
-                negative_prompt_embeds, negative_prompt_embeds_mask, batch_size, device
-            )
+            texts = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            texts = [texts] * (len(prompt_embeds) // num_videos_per_prompt) if isinstance(texts, str) else texts
+            given = negative_prompt_embeds, negative_prompt_embeds_mask
+            negative_prompt_embeds, negative_prompt_embeds_mask = encode_texts(self, texts, given, *options)
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
 
     encode_image, encode_video, encode_audio = encode_image, encode_video, encode_audio
@@ -593,19 +502,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
 
     @torch.no_grad()
     def stream_frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
-        """
-        Decodes normalised latents `(1, channels, latent_frames, latent_height, latent_width)` while they are consumed,
-        with one window in memory at a time, to frames `(height, width, 3)` in [0, 1].
-        """
-        for window in self.decode_windows(latents):
-            yield from self.video_processor.postprocess_video(window, output_type="np")[0]
+        """Decodes normalised latents of one video, as they are consumed, to frames `(height, width, 3)` in [0, 1]."""
+        yield from decode_frames(self, latents, "np")
         self.maybe_free_model_hooks()
-
-    def pass_audio_through(self, audio: list[torch.Tensor], num_frames: int, output_type: str) -> Audio:
-        """Audio at `audio_sampling_rate` itself, of the length that decoding `num_frames` latents would give it."""
-        num_samples = num_frames * self.audio_hop_length * self.audio_sampling_rate // self.audio_vae_sampling_rate
-        passed = torch.stack([fit_audio(item, num_samples) for item in audio])
-        return passed if output_type == "pt" else passed.numpy()
 
     def denoise(
         self,
@@ -615,21 +514,19 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         num_inference_steps: int,
         guidance_at: Callable[[torch.Tensor], float | torch.Tensor],
         generator: Generators,
+        on_step_end: tuple[StepCallback | None, Sequence[str]] = (None, ()),
         image_latents: torch.Tensor | None = None,
         moves_audio: bool = True,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
 
-        `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as is,
-        so does the audio unless it moves, and the scheduler of the pipeline, which is copied.
+        `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as they
+        are, and so does the audio unless it moves. A callback comes with the names of its tensors.
         """
-        # Both solvers keep a state of their own.
-        scheduler, audio_scheduler = copy.deepcopy(self.scheduler), copy.deepcopy(self.scheduler)
+        scheduler = copy.deepcopy(self.scheduler)  # that of the pipeline is not changed
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        audio_scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        audio_scheduler = copy.deepcopy(scheduler)  # both solvers keep a state of their own
         self._num_timesteps = len(scheduler.timesteps)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"return_dict": False} | ({"generator": generator} if takes_generator else {})
@@ -638,33 +535,35 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         prompt_embeds, mask = trim_embeds(prompt_embeds, mask)
         if self.do_classifier_free_guidance:
             negative_prompt_embeds, negative_mask = trim_embeds(negative_prompt_embeds, negative_mask)
+        options = {"attention_kwargs": self.attention_kwargs, "return_dict": False}
+        (callback, step_inputs), names = on_step_end, self._callback_tensor_inputs
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 latents = keep_first_frame(latents, image_latents)
-                branches = {"cond": (prompt_embeds, mask)}
+                branches = [("cond", prompt_embeds, mask)]
                 if self.do_classifier_free_guidance and negative_prompt_embeds is not None:
-                    branches["uncond"] = (negative_prompt_embeds, negative_mask)
-                context = {
-                    "step_index": i,
-                    "sigma": float(scheduler.sigmas[i]),
-                    "num_inference_steps": self.num_timesteps,
-                }
-                velocity, audio_velocity = predict_velocity(
-                    self, latents, audio_latents, branches, guidance_at(t), **context
-                )
+                    branches.append(("uncond", negative_prompt_embeds, negative_mask))
+                context = {"step_index": i, "sigma": float(scheduler.sigmas[i])}
+                velocities = []
+                for name, embeds, embeds_mask in branches:  # one after the other, each unpadded
+                    text = {"encoder_hidden_states": embeds, "encoder_attention_mask": embeds_mask}
+                    with self.transformer.cache_context(name, num_inference_steps=self.num_timesteps, **context):
+                        velocities.append(self.transformer(latents, audio_latents, **text, **options))
+                if len(velocities) == 2:
+                    triples = zip(*velocities, (guidance_at(t), self.audio_guidance_scale), strict=True)
+                    velocities = [[uncond + scale * (cond - uncond) for cond, uncond, scale in triples]]
+                ((velocity, audio_velocity),) = velocities
                 latents = scheduler.step(velocity, t, latents, **step_kwargs)[0]
                 if moves_audio:
                     audio_latents = audio_scheduler.step(audio_velocity, t, audio_latents, **step_kwargs)[0]
-                if callback_on_step_end is not None:
-                    tensors = (latents, audio_latents, prompt_embeds, negative_prompt_embeds)
-                    tensors = dict(zip(self._callback_tensor_inputs, tensors, strict=True))
-                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, i, t, given) or {}
-                    latents, audio_latents = tensors["latents"], tensors["audio_latents"]
-                    prompt_embeds, negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+                if callback is not None:
+                    tensors = latents, audio_latents, prompt_embeds, negative_prompt_embeds
+                    tensors = dict(zip(names, tensors, strict=True))
+                    tensors |= callback(self, i, t, {name: tensors[name] for name in step_inputs}) or {}
+                    latents, audio_latents, prompt_embeds, negative_prompt_embeds = map(tensors.get, names)
                 progress_bar.update()
         self._current_timestep = None
         return keep_first_frame(latents, image_latents), audio_latents

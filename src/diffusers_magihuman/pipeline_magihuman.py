@@ -3,11 +3,8 @@
 
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
@@ -17,34 +14,18 @@ from .pipeline_base import (
     FRAME_RATE,
     MAX_SEQUENCE_LENGTH,
     Generators,
+    Inputs,
     MagiHumanPipeline,
     MagiHumanPipelineOutput,
     StepCallback,
     check_forms,
     check_lengths,
-    check_numbers,
     check_tensor,
     count_audio_latents,
     load_audios,
     repeat,
 )
 from .transformer_magihuman import MagiHumanTransformer3DModel
-
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> import diffusers_magihuman
-        >>> from diffusers import DiffusionPipeline
-        >>> from diffusers_magihuman import export_to_mp4
-
-        >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
-        >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
-        >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
-        >>> export_to_mp4(out.frames[0], "out.mp4", audio=out.audio[0])
-        ```
-"""
 
 
 class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
@@ -77,57 +58,26 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
-        self.register_to_config(
-            is_distilled=is_distilled,
-            default_height=default_height,
-            default_width=default_width,
-            default_num_frames=default_num_frames,
-            default_guidance_scale=default_guidance_scale,
-        )
+        self.register_to_config(is_distilled=is_distilled, default_guidance_scale=default_guidance_scale)
+        self.register_to_config(default_height=default_height, default_width=default_width)
+        self.register_to_config(default_num_frames=default_num_frames)
 
-    def check_inputs(
-        self,
-        *,
-        images: list[PIL.Image.Image] | None,
-        audio: list[torch.Tensor] | None,
-        height: int,
-        width: int,
-        num_frames: int,
-        num_videos_per_prompt: int,
-        low_noise_guidance_scale: float | None,
-        generator: Generators,
-        latents: torch.Tensor | None,
-        audio_latents: torch.Tensor | None,
-        image_latents: torch.Tensor | None,
-        conditioning_audio_latents: torch.Tensor | None,
-        **shared: Any,
-    ) -> int:
+    def check_inputs(self, inputs: Inputs) -> int:
         """
-        Checks everything before any model runs; [`MagiHumanPipeline.check_inputs`] takes `shared`. Raises a
+        Checks the arguments of the call by name, defaults filled in and files read, before any model runs. Raises a
         `ValueError` that names the argument, its value and what is allowed. Returns the number of prompts.
         """
-        check_numbers(num_frames=num_frames, num_videos_per_prompt=num_videos_per_prompt)
-        check_numbers(guidance_scale=self.guidance_scale, audio_guidance_scale=self.audio_guidance_scale)
-        if low_noise_guidance_scale is not None:
-            check_numbers(low_noise_guidance_scale=low_noise_guidance_scale)
-        encodes = [name for name, items in (("vae", images), ("audio_vae", audio)) if items is not None]
-        num_prompts = super().check_inputs(
-            height=height, width=width, encodes=encodes, decodes=("vae", "audio_vae"), **shared
-        )
-        batch_size = num_prompts * num_videos_per_prompt
-        shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
-        for name, tensor, allowed in (
-            ("latents", latents, shape),
-            ("audio_latents", audio_latents, audio_shape),
-            ("image_latents", image_latents, (None, shape[1], 1, *shape[3:])),
-            ("conditioning_audio_latents", conditioning_audio_latents, (None, *audio_shape[1:])),
-        ):
-            if tensor is not None:
-                check_tensor(name, tensor, allowed)
-        forms = {"conditioning_audio_latents": conditioning_audio_latents, "audio": audio}
-        check_forms(False, image=images, image_latents=image_latents)
-        check_forms(False, **forms, audio_latents=audio_latents)
-        check_lengths(num_prompts, batch_size, generator, image=images, image_latents=image_latents, **forms)
+        num_prompts = super().check_inputs(inputs)
+        batch_size = num_prompts * inputs["num_videos_per_prompt"]
+        size = (inputs[name] for name in ("num_frames", "height", "width"))
+        shape, audio_shape = self.latent_shapes(batch_size, *size)
+        check_tensor(inputs, "latents", shape)
+        check_tensor(inputs, "audio_latents", audio_shape)
+        check_tensor(inputs, "image_latents", (None, shape[1], 1, *shape[3:]))
+        check_tensor(inputs, "conditioning_audio_latents", (None, *audio_shape[1:]))
+        check_forms(inputs, "conditioning_audio_latents", "audio", "audio_latents")
+        items = ("image", "image_latents", "audio", "conditioning_audio_latents")
+        check_lengths(inputs, *items, num_prompts=num_prompts, batch_size=batch_size)
         return num_prompts
 
     def prepare_latents(
@@ -155,23 +105,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32), audio_latents.to(device, torch.float32)
 
-    def _default_num_frames(
-        self, audio: list[torch.Tensor] | None, conditioning_audio_latents: torch.Tensor | None
-    ) -> int:
-        if conditioning_audio_latents is not None:
-            return conditioning_audio_latents.shape[1]
-        if audio is None:
-            return self.config.default_num_frames
-        lengths = {count_audio_latents(item.shape[1], self.audio_hop_length) for item in audio}
-        if len(lengths) > 1 or min(lengths) < 1:
-            raise ValueError(
-                f"`audio` lasts {sorted(lengths)} frames of 1/{FRAME_RATE} s; without `num_frames` it must last one or"
-                " more, all items of a list the same."
-            )
-        return lengths.pop()
-
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -230,20 +164,29 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             image_latents, conditioning_audio_latents (`torch.Tensor`, *optional*): Normalised latents in place of
                 `image` `(num_items, channels, 1, latent_height, latent_width)` and of `audio`
                 `(num_items, num_frames, channels)`.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings in place of the prompts, see [`~MagiHumanPipeline.encode_prompt`].
-            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
-                *optional*): True for real tokens; padding may stand on either side.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts, what
+                [`~MagiHumanPipeline.encode_prompt`] returns, `(num_prompts, length, channels)`.
+            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor`, *optional*): `(num_prompts, length)`, true
+                for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
                 are decoded as they are consumed, for example by [`export_to_mp4`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; may
-                return a `dict` of tensors that it changed.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors that it is given.
-            max_sequence_length (`int`, defaults to 640): Text tokens used.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; returns
+                those of `callback_on_step_end_tensor_inputs`, by default the latents, that it changes, or nothing.
+            max_sequence_length (`int`, defaults to 640): Text tokens used; others are cut off, with a warning.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers import DiffusionPipeline
+            >>> from diffusers_magihuman import export_to_mp4
+
+            >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
+            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
+            >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
+            >>> export_to_mp4(out.frames[0], "out.mp4", audio=out.audio[0])
+            ```
 
         Returns:
             [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio.
@@ -253,8 +196,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             `OSError`: `image` or `audio` cannot be read.
         """
         # 1. Fill in defaults and read files
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         default_steps, default_scale = (8, 1.0) if self.config.is_distilled else (32, 5.0)
         if self.config.default_guidance_scale is not None:
             default_scale = self.config.default_guidance_scale
@@ -267,45 +208,35 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         images = None if image is None else load_images(image)
         audio = None if audio is None else load_audios(audio, self.audio_vae_sampling_rate)[0]
         if num_frames is None:
-            num_frames = self._default_num_frames(audio, conditioning_audio_latents)
+            num_frames = self.config.default_num_frames
+            if conditioning_audio_latents is not None:
+                num_frames = conditioning_audio_latents.shape[1]
+            elif audio is not None:
+                lengths = sorted({count_audio_latents(item.shape[1], self.audio_hop_length) for item in audio})
+                num_frames = lengths[0]
+                if len(lengths) > 1 or num_frames < 1:
+                    allowed = f"without `num_frames` all must last the same, 1/{FRAME_RATE} s or more"
+                    raise ValueError(f"`audio` lasts {lengths} frames; {allowed}.")
 
         # 2. Check everything before a model runs
-        prompts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "prompt_embeds_mask": prompt_embeds_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
-            "max_sequence_length": max_sequence_length,
-        }
-        num_prompts = self.check_inputs(
-            images=images,
-            audio=audio,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            num_videos_per_prompt=num_videos_per_prompt,
-            low_noise_guidance_scale=low_noise_guidance_scale,
-            generator=generator,
-            latents=latents,
-            audio_latents=audio_latents,
-            image_latents=image_latents,
-            conditioning_audio_latents=conditioning_audio_latents,
-            output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            **prompts,
-        )
-        batch_size, device = num_prompts * num_videos_per_prompt, self._execution_device
+        # A callback of Diffusers names its tensors itself.
+        step_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        prompts = {"prompt": prompt, "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask}
+        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds_mask": negative_prompt_embeds_mask}
+        prompts |= {"negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length}
+        prompts |= {"num_videos_per_prompt": num_videos_per_prompt}
+        inputs = prompts | {"image": images, "audio": audio, "latents": latents, "audio_latents": audio_latents}
+        inputs |= {"image_latents": image_latents, "conditioning_audio_latents": conditioning_audio_latents}
+        inputs |= {"height": height, "width": width, "num_frames": num_frames, "generator": generator}
+        inputs |= {"num_inference_steps": num_inference_steps, "output_type": output_type}
+        inputs |= {"callback_on_step_end_tensor_inputs": step_inputs}
+        if low_noise_guidance_scale is not None:
+            inputs["low_noise_guidance_scale"] = low_noise_guidance_scale
+        batch_size, device = self.check_inputs(inputs) * num_videos_per_prompt, self._execution_device
 
         # 3. Encode the text
-        text = self.encode_prompt(
-            **prompts,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_videos_per_prompt=num_videos_per_prompt,
-            device=device,
-        )
+        is_guided = self.do_classifier_free_guidance
+        text = self.encode_prompt(**prompts, do_classifier_free_guidance=is_guided, device=device)
 
         # 4. Encode the first frame and the given audio
         if images is not None:
@@ -328,17 +259,10 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
                 return self.guidance_scale
             return min(2.0, self.guidance_scale) if low_noise_guidance_scale is None else low_noise_guidance_scale
 
+        options = {"image_latents": image_latents, "moves_audio": conditioning_audio_latents is None}
+        on_step_end = callback_on_step_end, step_inputs
         latents, audio_latents = self.denoise(
-            latents,
-            audio_latents,
-            text,
-            num_inference_steps,
-            guidance_at,
-            generator,
-            image_latents=image_latents,
-            moves_audio=conditioning_audio_latents is None,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            latents, audio_latents, text, num_inference_steps, guidance_at, generator, on_step_end, **options
         )
 
         # 7. Decode

@@ -3,12 +3,9 @@
 
 from typing import Any
 
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
@@ -19,50 +16,24 @@ from .pipeline_base import (
     FRAME_RATE,
     MAX_SEQUENCE_LENGTH,
     Generators,
+    Inputs,
     MagiHumanPipeline,
     MagiHumanPipelineOutput,
     StepCallback,
     check_forms,
     check_lengths,
-    check_numbers,
     check_tensor,
+    fit_audio,
     load_audios,
     repeat,
 )
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> import diffusers_magihuman
-        >>> from diffusers import DiffusionPipeline
-        >>> from diffusers_magihuman import export_to_mp4
-
-        >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
-        >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
-        >>> pipe.enable_model_cpu_offload()
-        >>> low = pipe(prompt, output_type="latent")
-
-        >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
-        >>> upscale.enable_model_cpu_offload()
-        >>> upscale.vae.enable_tiling()
-        >>> high = upscale(prompt, latents=low.frames, audio_latents=low.audio, output_type="stream")
-        >>> export_to_mp4(high.frames[0], "out.mp4", audio=high.audio[0])
-        ```
-"""
-
-
 def zero_snr_signal_scales() -> torch.Tensor:
     """
-    How much of a sample is left at each noise level, from nearly all to nothing.
-
-    The scaled-linear schedule of latent diffusion, moved and stretched so that its end is pure noise
-    ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
-
-    Returns:
-        `torch.Tensor` of shape `(1000,)`: Factors of the sample; the noise has `sqrt(1 - factor**2)`.
+    Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise; scaled-linear
+    and stretched so that they end in pure noise ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
     """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scales = (1 - betas).cumprod(dim=0).float().sqrt()
@@ -77,8 +48,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
     Args:
         tokenizer, text_encoder, scheduler, vae, audio_vae: See [`MagiHumanPipeline`].
-        transformer ([`MagiHumanTransformer3DModel`]):
-            A transformer for super-resolution, which is one with `coordinate_style="v1"`.
+        transformer ([`MagiHumanTransformer3DModel`]): One for super-resolution, with `coordinate_style="v1"`.
         default_height, default_width (`int`, defaults to 1088 and 1920): Size in pixels when a call names none.
 
     Raises:
@@ -101,91 +71,54 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         default_width: int = 1920,
     ) -> None:
         if transformer is not None and transformer.config.coordinate_style != "v1":
-            raise ValueError(
-                f"`transformer` has `coordinate_style`={transformer.config.coordinate_style!r}, which the base and"
-                " distilled models have; it must be a model for super-resolution, with 'v1'."
-            )
+            style = transformer.config.coordinate_style
+            raise ValueError(f"`transformer` has `coordinate_style`={style!r}; one for super-resolution has 'v1'.")
         super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
         self.register_to_config(default_height=default_height, default_width=default_width)
 
-    def check_inputs(
-        self,
-        *,
-        videos: list[torch.Tensor] | None,
-        images: list[PIL.Image.Image] | None,
-        audio: list[torch.Tensor] | None,
-        latents: torch.Tensor | None,
-        audio_latents: torch.Tensor | None,
-        image_latents: torch.Tensor | None,
-        height: int,
-        width: int,
-        generator: Generators,
-        numbers: dict[str, Any],
-        **shared: Any,
-    ) -> int:
+    def check_inputs(self, inputs: Inputs) -> int:
         """
-        Checks everything before any model runs; [`MagiHumanPipeline.check_inputs`] takes `shared`. Raises a
+        Checks the arguments of the call by name, defaults filled in and files read, before any model runs. Raises a
         `ValueError` that names the argument, its value and what is allowed. Returns how many videos a prompt has.
         """
-        check_numbers(guidance_scale=self.guidance_scale, **numbers)
-        check_forms(True, latents=latents, video=videos)
-        check_forms(False, image=images, image_latents=image_latents)
-        check_forms(False, audio=audio, audio_latents=audio_latents)
-        has_audio = audio is not None or audio_latents is not None
-        num_prompts = super().check_inputs(
-            height=height,
-            width=width,
-            encodes=(["vae"] if videos or images else []) + (["audio_vae"] if audio else []),
-            decodes=("vae", "audio_vae") if has_audio else ("vae",),
-            **shared,
-        )
-        num_videos, latent_frames = self._check_source(latents, videos, height, width)
+        check_forms(inputs, "latents", "video", is_needed=True)
+        check_forms(inputs, "audio", "audio_latents")
+        has_audio = inputs["audio"] is not None or inputs["audio_latents"] is not None
+        num_prompts = super().check_inputs(inputs, has_audio)
+        num_videos, latent_frames, *source = self._check_source(inputs)
+        height, width, audio_latents = inputs["height"], inputs["width"], inputs["audio_latents"]
+        if height < source[0] or width < source[1]:
+            allowed = f"not be less than those of what is upscaled, {source[0]} and {source[1]}"
+            raise ValueError(f"`height`={height} and `width`={width} must {allowed}.")
         batch_size = max(num_videos, num_prompts)
         if num_videos not in (1, batch_size) or batch_size % num_prompts:
-            raise ValueError(
-                f"`prompt` has {num_prompts} items for {num_videos} videos; one of these numbers must be 1, or the"
-                " prompts divide the videos."
-            )
-        num_frames = (latent_frames - 1) * self.vae_scale_factor_temporal + 1
+            allowed = "one of these numbers must be 1, or the prompts divide the videos"
+            raise ValueError(f"`prompt` has {num_prompts} items for {num_videos} videos; {allowed}.")
+        longest = latent_frames * self.vae_scale_factor_temporal
+        num_frames = longest - self.vae_scale_factor_temporal + 1
         shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
-        if image_latents is not None:
-            check_tensor("image_latents", image_latents, (None, shape[1], 1, *shape[3:]))
-        if audio_latents is not None:
-            check_tensor("audio_latents", audio_latents, (None, None, audio_shape[2]))
-            longest = latent_frames * self.vae_scale_factor_temporal
-            if not num_frames <= audio_latents.shape[1] <= longest:
-                raise ValueError(
-                    f"`audio_latents` has length {audio_latents.shape[1]}, but {latent_frames} latent frames of video"
-                    f" last {num_frames} to {longest}."
-                )
-        items = {"image": images, "audio": audio, "image_latents": image_latents, "audio_latents": audio_latents}
-        check_lengths(num_prompts, batch_size, generator, **items)
+        check_tensor(inputs, "image_latents", (None, shape[1], 1, *shape[3:]))
+        check_tensor(inputs, "audio_latents", (None, None, audio_shape[2]))
+        if audio_latents is not None and not num_frames <= audio_latents.shape[1] <= longest:
+            allowed = f"{latent_frames} latent frames of video last {num_frames} to {longest}"
+            raise ValueError(f"`audio_latents` has length {audio_latents.shape[1]}, but {allowed}.")
+        items = ("image", "audio", "image_latents", "audio_latents")
+        check_lengths(inputs, *items, num_prompts=num_prompts, batch_size=batch_size)
         return batch_size // num_prompts
 
-    def _check_source(
-        self, latents: torch.Tensor | None, videos: list[torch.Tensor] | None, height: int, width: int
-    ) -> tuple[int, int]:
-        """Checks what is to be upscaled; returns how many videos there are and of how many latent frames."""
+    def _check_source(self, inputs: Inputs) -> tuple[int, int, int, int]:
+        """Checks what is to be upscaled; returns the number of videos, of their latent frames, and their size."""
         ratio, multiple = self.vae_scale_factor_temporal, self.vae_scale_factor_spatial
-        if latents is not None:
-            check_tensor("latents", latents, (None, self.transformer.config.in_channels, None, None, None))
-            num_videos, _, latent_frames, *source = latents.shape
-            source = [size * multiple for size in source]
-        else:
-            shapes = {tuple(video.shape) for video in videos}
-            num_frames, _, *source = next(iter(shapes))
-            if len(shapes) > 1 or num_frames % ratio != 1 or any(size % multiple for size in source):
-                raise ValueError(
-                    f"`video` has shape {sorted(shapes)} (frames, channels, height, width); frames must be"
-                    f" {ratio} * k + 1, height and width multiples of {multiple}, all videos of one shape."
-                )
-            num_videos, latent_frames = len(videos), num_frames // ratio + 1
-        if height < source[0] or width < source[1]:
-            raise ValueError(
-                f"`height`={height} and `width`={width} must not be less than those of what is upscaled, {source[0]}"
-                f" and {source[1]}."
-            )
-        return num_videos, latent_frames
+        if inputs["latents"] is not None:
+            check_tensor(inputs, "latents", (None, self.transformer.config.in_channels, None, None, None))
+            num_videos, _, latent_frames, height, width = inputs["latents"].shape
+            return num_videos, latent_frames, height * multiple, width * multiple
+        shapes = {tuple(video.shape) for video in inputs["video"]}
+        num_frames, _, height, width = next(iter(shapes))
+        if len(shapes) > 1 or num_frames % ratio != 1 or height % multiple or width % multiple:
+            allowed = f"{ratio} * k + 1 frames, height and width multiples of {multiple}, all videos of one shape"
+            raise ValueError(f"`video` has shape {sorted(shapes)}, frames first; it must have {allowed}.")
+        return len(inputs["video"]), num_frames // ratio + 1, height, width
 
     def prepare_latents(
         self,
@@ -199,16 +132,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         device: torch.device,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Resizes latents and mixes them with noise, the video's drawn before the audio's as the original does.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`):
-                Latents of the video in low resolution.
-            audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`, *optional*):
-                Latents of the audio; nothing but noise without them.
-            height, width (`int`): Size of the video in high resolution, in pixels.
-            noise_level (`int`): Index into [`zero_snr_signal_scales`].
-            audio_noise_scale (`float`): Share of noise in the audio.
+        Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width` in
+        pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the video's
+        drawn before the audio's as the original does. See the call for `noise_level`, an index into
+        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise.
 
         Returns:
             `tuple`: Float32 latents of the video in high resolution, and of the audio that the transformer sees.
@@ -229,7 +156,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         return latents, noise * audio_noise_scale + audio_latents * (1 - audio_noise_scale)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -281,8 +207,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
                 `audio`, also one for all. Without either the video is upscaled without audio.
             image_latents (`torch.Tensor` of shape `(num_items, channels, 1, height / 16, width / 16)`, *optional*):
                 Normalised latents in place of `image`.
-            height, width (`int`, *optional*): Size in pixels, multiples of 32 and not less than now. Default to those
-                saved with the pipeline.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32, at least the video's; by default saved.
             num_inference_steps (`int`, defaults to 5): Number of steps.
             guidance_scale (`float`, defaults to 1.0): Guidance, off at 1; the original uses 3.5 where it is on.
             leading_guidance_scale (`float`, defaults to 2.0): Guidance of the first `num_leading_frames` latent
@@ -291,20 +216,35 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             noise_level (`int`, defaults to 220): How much noise is added, from 0 to 999 for nothing but noise.
             audio_noise_scale (`float`, defaults to 0.7): Share of noise in the audio that the transformer sees.
             generator (`torch.Generator` or a list, one for each video, *optional*): Makes the result deterministic.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, length, channels)`,
-                *optional*): Embeddings in place of the prompts, see [`~MagiHumanPipeline.encode_prompt`].
-            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor` of shape `(num_prompts, length)`,
-                *optional*): True for real tokens; padding may stand on either side.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): In place of the prompts, what
+                [`~MagiHumanPipeline.encode_prompt`] returns, `(num_prompts, length, channels)`.
+            prompt_embeds_mask, negative_prompt_embeds_mask (`torch.Tensor`, *optional*): `(num_prompts, length)`, true
+                for real tokens; padding may stand on either side.
             output_type (`str`, defaults to `"np"`): `"np"`, `"pt"`, `"pil"`, `"latent"`, or `"stream"` for frames that
                 are decoded as they are consumed, for example by [`export_to_mp4`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; may
-                return a `dict` of tensors that it changed.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors that it is given.
-            max_sequence_length (`int`, defaults to 640): Text tokens used.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)`; returns
+                those of `callback_on_step_end_tensor_inputs`, by default the latents, that it changes, or nothing.
+            max_sequence_length (`int`, defaults to 640): Text tokens used; others are cut off, with a warning.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers import DiffusionPipeline
+            >>> from diffusers_magihuman import export_to_mp4
+
+            >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
+            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
+            >>> pipe.enable_model_cpu_offload()
+            >>> low = pipe(prompt, output_type="latent")
+
+            >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
+            >>> upscale.enable_model_cpu_offload()
+            >>> upscale.vae.enable_tiling()
+            >>> high = upscale(prompt, latents=low.frames, audio_latents=low.audio, output_type="stream")
+            >>> export_to_mp4(high.frames[0], "out.mp4", audio=high.audio[0])
+            ```
 
         Returns:
             [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio; with `"latent"` the audio's latents as given.
@@ -314,8 +254,6 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             `OSError`: `video`, `image` or `audio` cannot be read.
         """
         # 1. Fill in defaults and read files
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         height = self.config.default_height if height is None else height
         width = self.config.default_width if width is None else width
         self._guidance_scale = guidance_scale
@@ -326,45 +264,23 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             audio, passed_audio = load_audios(audio, self.audio_vae_sampling_rate, self.audio_sampling_rate)
 
         # 2. Check everything before a model runs
-        prompts = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
-            "prompt_embeds_mask": prompt_embeds_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
-            "max_sequence_length": max_sequence_length,
-        }
-        num_videos_per_prompt = self.check_inputs(
-            videos=videos,
-            images=images,
-            audio=audio,
-            latents=latents,
-            audio_latents=audio_latents,
-            image_latents=image_latents,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            numbers={
-                "leading_guidance_scale": leading_guidance_scale,
-                "num_leading_frames": num_leading_frames,
-                "noise_level": noise_level,
-                "audio_noise_scale": audio_noise_scale,
-            },
-            generator=generator,
-            output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            **prompts,
-        )
+        # A callback of Diffusers names its tensors itself.
+        step_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        prompts = {"prompt": prompt, "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask}
+        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds_mask": negative_prompt_embeds_mask}
+        prompts |= {"negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length}
+        inputs = prompts | {"video": videos, "image": images, "audio": audio, "latents": latents}
+        inputs |= {"audio_latents": audio_latents, "image_latents": image_latents, "generator": generator}
+        inputs |= {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+        inputs |= {"leading_guidance_scale": leading_guidance_scale, "num_leading_frames": num_leading_frames}
+        inputs |= {"noise_level": noise_level, "audio_noise_scale": audio_noise_scale}
+        inputs |= {"output_type": output_type, "callback_on_step_end_tensor_inputs": step_inputs}
+        prompts["num_videos_per_prompt"] = self.check_inputs(inputs)
         device = self._execution_device
 
         # 3. Encode the text
-        text = self.encode_prompt(
-            **prompts,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_videos_per_prompt=num_videos_per_prompt,
-            device=device,
-        )
+        is_guided = self.do_classifier_free_guidance
+        text = self.encode_prompt(**prompts, do_classifier_free_guidance=is_guided, device=device)
 
         # 4. Encode the video, its first frame and its audio
         if videos is not None:
@@ -391,17 +307,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             scale[:, :, :num_leading_frames].clamp_(max=leading_guidance_scale)
             return scale
 
+        options = {"image_latents": image_latents, "moves_audio": False}
+        on_step_end = callback_on_step_end, step_inputs
         latents, _ = self.denoise(
-            latents,
-            noisy_audio_latents,
-            text,
-            num_inference_steps,
-            guidance_at,
-            generator,
-            image_latents=image_latents,
-            moves_audio=False,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            latents, noisy_audio_latents, text, num_inference_steps, guidance_at, generator, on_step_end, **options
         )
 
         # 7. Decode the video; the audio is the one that was given
@@ -409,7 +318,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         if output_type != "latent":
             frames = self.decode_latents(latents, output_type)
             if audio is not None:
-                output_audio = self.pass_audio_through(repeat(passed_audio, batch_size), num_frames, output_type)
+                # At the rate of the output itself, of the length that decoding would give it.
+                num_samples = num_frames * self.audio_sampling_rate // FRAME_RATE
+                passed = torch.stack([fit_audio(item, num_samples) for item in repeat(passed_audio, batch_size)])
+                output_audio = passed if output_type == "pt" else passed.numpy()
             elif audio_latents is not None:
                 output_audio = self.decode_audio(audio_latents.to(device), output_type)
         self.maybe_free_model_hooks()

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses for training the transformer: flow matching of video and sound together, super-resolution, and distribution
-matching.
+"""Losses for training the transformer: flow matching of video and audio, super-resolution, distribution matching.
 
-Pure functions: they draw noise, run the transformer and return losses; loops, optimisers and files are the scripts'
-under `examples/`. Latents are normalised, as the pipelines give them with `output_type="latent"`.
+Pure functions of normalised latents, as the pipelines give them with `output_type="latent"`; loops are in `examples/`.
 """
 
 from typing import NamedTuple
@@ -16,12 +14,7 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
 class FlowMatchingLoss(NamedTuple):
-    """
-    Args:
-        loss (`torch.Tensor`): The weighted sum of the two others, to go backward from.
-        video_loss (`torch.Tensor`): Mean squared error of the video's velocity, detached.
-        audio_loss (`torch.Tensor`): Mean squared error of the sound's velocity, detached.
-    """
+    """The weighted sum of two losses, to go backward from, and both, the mean squared errors of velocity, detached."""
 
     loss: torch.Tensor
     video_loss: torch.Tensor
@@ -36,35 +29,22 @@ def sample_noise_levels(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """
-    Draws the noise level of each sample of a batch.
+    Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
 
     Args:
         batch_size (`int`): Number of samples.
-        weighting (`str`, defaults to `"logit_normal"`):
-            `"logit_normal"`, the logistic function of a normal variable
+        weighting (`str`, defaults to `"logit_normal"`): `"logit_normal"`, the logistic function of a normal variable
             ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`.
         shift (`float`, defaults to 5.0): Towards noise, as the scheduler's `flow_shift`; 1 for none.
-        generator (`torch.Generator`, *optional*): Makes the draw deterministic.
-        device (`torch.device`, defaults to `"cpu"`): Where the result goes; that of the generator.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`: In (0, 1), 1 for pure noise.
+        generator (`torch.Generator`, *optional*): Makes the draw deterministic; on the same `device`.
     """
     if weighting not in ("logit_normal", "uniform"):
         raise ValueError(f"`weighting`={weighting!r} must be 'logit_normal' or 'uniform'.")
     if shift <= 0:
         raise ValueError(f"`shift`={shift} must be positive.")
-    levels = compute_density_for_timestep_sampling(
-        weighting, batch_size, logit_mean=0.0, logit_std=1.0, device=device, generator=generator
-    )
+    options = {"logit_mean": 0.0, "logit_std": 1.0, "device": device, "generator": generator}
+    levels = compute_density_for_timestep_sampling(weighting, batch_size, **options)
     return shift * levels / (1 + (shift - 1) * levels)
-
-
-def draw_mask(
-    batch_size: int, probability: float | torch.Tensor, generator: torch.Generator | None, device: torch.device | str
-) -> torch.Tensor:
-    """Draws which samples of a batch something happens to, bool of shape `(batch_size,)`."""
-    return torch.rand(batch_size, generator=generator, device=device) < probability
 
 
 def expand_as(values: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -91,29 +71,22 @@ def drop_text(
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Replaces the text of some samples by the negative prompt, which classifier-free guidance needs.
+    Replaces the text of some samples by the negative prompt, which classifier-free guidance needs. Returns embeddings
+    and mask, padded to the longer of the two lengths.
 
     Args:
         prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Texts, padded at the end.
         prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`): True for real tokens.
         negative_prompt_embeds (`torch.Tensor` of shape `(1, negative_length, channels)`): Unpadded.
-        probability (`float`): Of each sample to be replaced.
-        generator (`torch.Generator`, *optional*): Makes the draw deterministic.
-
-    Returns:
-        `tuple`: Embeddings and mask, padded to the longer of the two lengths.
+        probability (`float`): Of each sample to be replaced; a `generator` makes the draw deterministic.
     """
-    batch_size, length, _ = prompt_embeds.shape
-    negative_length = negative_prompt_embeds.shape[1]
+    negative_length, (batch_size, length, _) = negative_prompt_embeds.shape[1], prompt_embeds.shape
     missing = max(negative_length - length, 0)
     prompt_embeds, mask = F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_embeds_mask, (0, missing))
     negative = F.pad(negative_prompt_embeds, (0, 0, 0, max(length - negative_length, 0)))
     negative_mask = torch.arange(negative.shape[1], device=mask.device) < negative_length
-    dropped = draw_mask(batch_size, probability, generator, prompt_embeds.device)
-    return (
-        torch.where(dropped[:, None, None], negative, prompt_embeds),
-        torch.where(dropped[:, None], negative_mask, mask),
-    )
+    dropped = torch.rand(batch_size, 1, generator=generator, device=prompt_embeds.device) < probability
+    return torch.where(dropped[..., None], negative, prompt_embeds), torch.where(dropped, negative_mask, mask)
 
 
 def flow_matching_loss(
@@ -131,41 +104,32 @@ def flow_matching_loss(
     generator: torch.Generator | None = None,
 ) -> FlowMatchingLoss:
     """
-    Loss of the velocity from latents to noise, of video and sound at the same noise level
-    ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)).
-
-    A first frame or a sound that is given is shown as it is and left out of the loss, since the pipelines keep it.
+    Loss of the velocity from latents to noise, of video and audio at the same noise level
+    ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)). A first frame or audio that is given is shown as it
+    is and left out of the loss, since the pipelines keep it.
 
     Args:
         transformer ([`MagiHumanTransformer3DModel`]): The model to train.
-        latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`):
-            Normalised latents of the video.
-        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Latents of the sound.
+        latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`): Video.
+        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Audio.
         prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
         prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
         noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
         video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
         image_probability, audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
-            How often the first frame or the sound is given, for all samples or for each.
-        latent_weights (`torch.Tensor`, *optional*):
-            How much each position of the video counts, relative to the others; it broadcasts to the latents. Lips are
-            a small part of a picture, and what is looked at most.
+            How often the first frame or the audio is given, for all samples or for each.
+        latent_weights (`torch.Tensor`, *optional*): How much each position of the video counts, relative to the
+            others, such as lips to the rest of a picture; it broadcasts to the latents.
         generator (`torch.Generator`, *optional*): Draws the noise and what is given; on the device of the latents.
     """
     draw = {"generator": generator, "device": latents.device}
-    noise = torch.randn(latents.shape, **draw)
-    audio_noise = torch.randn(audio_latents.shape, **draw)
-    learns_frame = torch.ones(latents.shape[0], 1, latents.shape[2], 1, 1, dtype=torch.bool, device=latents.device)
-    learns_frame[:, 0, 0] = ~draw_mask(len(latents), image_probability, **draw)[:, None, None]
-    learns_audio = ~draw_mask(len(latents), audio_probability, **draw)[:, None, None]
-
-    velocity, audio_velocity = transformer(
-        torch.where(learns_frame, add_noise(latents, noise, noise_levels), latents),
-        torch.where(learns_audio, add_noise(audio_latents, audio_noise, noise_levels), audio_latents),
-        prompt_embeds,
-        encoder_attention_mask=prompt_embeds_mask,
-        return_dict=False,
-    )
+    noise, audio_noise = (torch.randn(states.shape, **draw) for states in (latents, audio_latents))
+    learns_frame = torch.ones_like(latents[:, :1, :, :1, :1], dtype=torch.bool)
+    learns_frame[:, 0, 0] = (torch.rand(len(latents), **draw) >= image_probability)[:, None, None]
+    learns_audio = (torch.rand(len(latents), **draw) >= audio_probability)[:, None, None]
+    noisy = torch.where(learns_frame, add_noise(latents, noise, noise_levels), latents)
+    noisy_audio = torch.where(learns_audio, add_noise(audio_latents, audio_noise, noise_levels), audio_latents)
+    velocity, audio_velocity = transformer(noisy, noisy_audio, prompt_embeds, prompt_embeds_mask, return_dict=False)
     weights = learns_frame if latent_weights is None else learns_frame * latent_weights
     video_loss = masked_mean((velocity - (noise - latents)).square(), weights)
     audio_loss = masked_mean((audio_velocity - (audio_noise - audio_latents)).square(), learns_audio)
@@ -192,20 +156,12 @@ def upscale_loss(
     Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise.
 
     Args:
-        transformer, prompt_embeds, prompt_embeds_mask, noise_levels: See [`flow_matching_loss`].
-        latents (`torch.Tensor`): Normalised latents of the video in high resolution, of the shape there.
-        low_latents (`torch.Tensor`):
-            Those of the same video in low resolution, resized and noisy, of the same shape; with `audio_latents`, what
-            [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives.
-        audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Noisy latents of sound.
+        transformer, latents, prompt_embeds, prompt_embeds_mask, noise_levels: See [`flow_matching_loss`].
+        low_latents, audio_latents (`torch.Tensor`): Latents in low resolution, resized and noisy, of the shape of
+            `latents`, and noisy ones of the audio, as [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them.
     """
-    velocity, _ = transformer(
-        add_noise(latents, low_latents, noise_levels),
-        audio_latents,
-        prompt_embeds,
-        encoder_attention_mask=prompt_embeds_mask,
-        return_dict=False,
-    )
+    noisy = add_noise(latents, low_latents, noise_levels)
+    velocity, _ = transformer(noisy, audio_latents, prompt_embeds, prompt_embeds_mask, return_dict=False)
     return F.mse_loss(velocity, low_latents - latents)
 
 
@@ -214,20 +170,15 @@ def distribution_matching_loss(
 ) -> torch.Tensor:
     """
     Loss whose gradient moves generated latents from where a model of them is to where the teacher is
-    (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)).
-
-    Noise is added to what the student generated; the teacher, with guidance, and the model of the student's own output
-    then predict clean latents from it, see [`predict_clean`]. The latter model is trained beside the student with
-    [`flow_matching_loss`] on what the student generates.
+    (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)). Its value means little; its gradient is the
+    difference of the two, divided by the sample's mean distance from the teacher's and by the number of values.
 
     Args:
         generated (`torch.Tensor` of shape `(batch_size, ...)`): Clean latents of the student, with gradient.
-        real_prediction (`torch.Tensor`): Clean latents that the teacher predicts, of the same shape.
-        fake_prediction (`torch.Tensor`): Clean latents that the model of the student's output predicts.
-
-    Returns:
-        `torch.Tensor`: The loss; its value means little, its gradient is the difference of the two predictions,
-        divided by the sample's mean distance from the teacher's and by the number of values.
+        real_prediction (`torch.Tensor`): Clean latents that the teacher, with guidance, predicts from `generated` with
+            noise added, see [`predict_clean`].
+        fake_prediction (`torch.Tensor`): Those that a model of the student's output predicts, which is trained beside
+            the student with [`flow_matching_loss`] on what it generates.
     """
     with torch.no_grad():
         distance = (generated - real_prediction).abs().flatten(1).mean(dim=1).clamp(min=1e-6)

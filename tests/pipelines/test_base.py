@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
+from diffusers.callbacks import PipelineCallback
 from diffusers.video_processor import VideoProcessor
 from golden import load_golden
 from helpers import PROMPT, assert_same, run, seeded, upscale
@@ -277,6 +278,21 @@ def test_callback_that_returns_nothing_changes_nothing(pipe_and_run):
     output = run(pipe, callback_on_step_end=lambda _pipe, step, _timestep, _tensors: steps.append(step))
     assert steps == [0, 1]
     assert_same(output, run(pipe))
+
+
+def test_callback_of_diffusers_names_its_tensors(pipe_and_run):
+    pipe, run = pipe_and_run
+    seen = []
+
+    class Callback(PipelineCallback):
+        tensor_inputs = ["audio_latents"]
+
+        def callback_fn(self, _pipe, _step, _timestep, tensors):
+            seen.append(list(tensors))
+            return tensors
+
+    assert_same(run(pipe, callback_on_step_end=Callback()), run(pipe))
+    assert seen == [["audio_latents"]] * 2
 
 
 def test_callback_may_change_the_length_of_the_embeddings(pipe_and_run):

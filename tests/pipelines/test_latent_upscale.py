@@ -147,9 +147,9 @@ def test_guidance_of_leading_frames(arguments, expected, tiny_upscale_pipeline):
     scales = []
 
     class Recording(MagiHumanLatentUpscalePipeline):
-        def denoise(self, latents, audio_latents, text, num_inference_steps, guidance_at, generator, **kwargs):
+        def denoise(self, latents, audio_latents, text, num_inference_steps, guidance_at, *args, **kwargs):
             scales.append(guidance_at(None).flatten().tolist())
-            return super().denoise(latents, audio_latents, text, num_inference_steps, guidance_at, generator, **kwargs)
+            return super().denoise(latents, audio_latents, text, num_inference_steps, guidance_at, *args, **kwargs)
 
     upscale(Recording(**tiny_upscale_pipeline.components), negative_prompt="bad", num_inference_steps=1, **arguments)
     assert scales == [expected]
