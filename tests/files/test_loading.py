@@ -58,6 +58,12 @@ def is_exact(model, weights):
     return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def assert_kept_in_float32(model):
+    for name, parameter in model.named_parameters():
+        is_kept = any(part in name for part in ("embedder", "norm", "proj_out"))
+        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+
+
 LAYOUTS = {
     ("GAIR/daVinci-MagiHuman", "base"): None,
     ("GAIR/daVinci-MagiHuman", "distill"): None,
@@ -94,9 +100,7 @@ def test_every_layout_gives_what_it_holds(path, subfolder, repositories, base_we
 )
 def test_fp32_stays_fp32(path, subfolder, repositories):
     model = load_original_transformer(repositories / path, subfolder)
-    for name, parameter in model.named_parameters():
-        is_kept = any(part in name for part in ("embedder", "norm", "proj_out"))
-        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+    assert_kept_in_float32(model)
     assert model.dtype == torch.bfloat16 and not model.training
 
 
@@ -146,9 +150,7 @@ def test_from_single_file_with_our_names(base_weights, tmp_path):
     model.save_pretrained(tmp_path)
     file = str(tmp_path / "diffusion_pytorch_model.safetensors")
     loaded = MagiHumanTransformer3DModel.from_single_file(file, config=str(tmp_path))
-    for name, parameter in loaded.named_parameters():
-        is_kept = any(part in name for part in ("embedder", "norm", "proj_out"))
-        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+    assert_kept_in_float32(loaded)
     with pytest.raises(ValueError, match="variant"):
         MagiHumanTransformer3DModel.from_single_file(file)
 
@@ -299,10 +301,7 @@ def test_damaged_turbo_vae_config_is_named(tmp_path):
 def test_from_original_with_local_directories(variant, turbo, repositories):
     sources = local_sources(repositories)
     pipe = MagiHumanAudioVideoPipeline.from_original(
-        variant=variant,
-        dtype=torch.float32,
-        turbo_vae=sources["path_or_repo"] if turbo else None,
-        **sources,
+        variant=variant, dtype=torch.float32, turbo_vae=sources["path_or_repo"] if turbo else None, **sources
     )
     assert pipe.config.is_distilled == (variant == "distill")
     assert pipe.scheduler.config.sampler == ("renoise" if variant == "distill" else "unipc")
