@@ -22,13 +22,9 @@ import torch
 from common import peak_gib, print_result, timed
 from safetensors.torch import save_file
 
-from diffusers_magihuman.checkpoints import (
-    ROPE_BANDS,
-    convert_tensors,
-    open_checkpoint,
-    plan_transformer,
-    transformer_rules,
-)
+from diffusers_magihuman import MagiHumanTransformer3DModel
+from diffusers_magihuman.conversion import ROPE_BANDS, convert_tensors, plan_transformer, transformer_rules
+from diffusers_magihuman.loading import open_checkpoint
 
 
 SHARD_BYTES = 2 * 2**30
@@ -37,14 +33,8 @@ SHARD_BYTES = 2 * 2**30
 def write_source(folder: Path, num_heads: int) -> int:
     """Random linears in bfloat16 and everything else in float32, in shards; returns the bytes written."""
     folder.mkdir(parents=True)
-    config = {
-        "num_layers": 40,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_heads // 3,
-        "attention_head_dim": 128,
-        "modality_layers": (0, 1, 2, 3, 36, 37, 38, 39),
-        "gelu_layers": (0, 1, 2, 3),
-    }
+    with torch.device("meta"):
+        model = MagiHumanTransformer3DModel(num_attention_heads=num_heads, num_key_value_heads=num_heads // 3)
     generator = torch.Generator().manual_seed(0)
     shard, weight_map, total = {ROPE_BANDS: 1 / 10000.0 ** (torch.arange(16) / 16)}, {}, 0
 
@@ -54,7 +44,7 @@ def write_source(folder: Path, num_heads: int) -> int:
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    for name, rule in transformer_rules(config).items():
+    for name, rule in transformer_rules(model.config).items():
         is_linear = name.startswith("block") and "norm" not in name
         dtype = torch.bfloat16 if is_linear else torch.float32
         shard[name] = torch.empty(rule.shape, dtype=dtype).uniform_(-1, 1, generator=generator)
@@ -73,23 +63,22 @@ def convert(source: Path, output: Path, max_shard_size: str) -> subprocess.Popen
 
 
 def kill_halfway(source: Path, output: Path, max_shard_size: str) -> int:
-    """Kills a run at a random point after its first bytes; returns the bytes that it left."""
+    """Kills a run at a random point once it has begun to write; returns the bytes that it left."""
     process = convert(source, output, max_shard_size)
-    incomplete = output.with_name(f".{output.name}.incomplete")
-    while not incomplete.exists():
+    while not (left := list(output.parent.glob(f".{output.name}.*.incomplete"))):
         time.sleep(0.01)
     time.sleep(random.uniform(0, 4))
     process.send_signal(signal.SIGKILL)
     process.wait()
     if output.exists():
         raise SystemExit("The killed run left something that looks finished, or had already ended.")
-    return sum(file.stat().st_size for file in incomplete.rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in left[0].rglob("*.safetensors"))
 
 
 def compare(source: Path, output: Path) -> int:
     """Compares every tensor of the output with the conversion of the source; returns their number."""
     tensors, converted = open_checkpoint(source), open_checkpoint(output / "transformer")
-    _, rules = plan_transformer(tensors, tensors.shapes, tensors.dtypes, "base")
+    _, rules = plan_transformer(tensors, "base")
     number = 0
     for name, expected in convert_tensors(tensors, rules, torch.bfloat16):
         if not torch.equal(converted[name], expected):

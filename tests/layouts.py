@@ -163,10 +163,7 @@ def write_external_repositories(root):
 def outputs(model, golden, text_length):
     with torch.no_grad():
         return model(
-            golden["in.video_latent"],
-            golden["in.audio_latent"],
-            golden["in.text"][:, :text_length],
-            return_dict=False,
+            golden["in.video_latent"], golden["in.audio_latent"], golden["in.text"][:, :text_length], return_dict=False
         )
 
 

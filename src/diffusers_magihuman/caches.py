@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusers' caches of steps, made right for a transformer that runs the branches of guidance one after the other.
 
-The private names go with changes of Diffusers: those of the two hooks once pyramid attention broadcast and FasterCache
-keep one state for each cache context, as its other caches do; the registry once a model can add its own blocks to it.
+What is private here goes with changes of Diffusers: the hooks once pyramid attention broadcast and FasterCache keep a
+state for each cache context, as its other caches do; the registry once a model can add its own blocks to it.
 """
 
 import dataclasses
@@ -12,22 +12,15 @@ import torch
 import torch.nn as nn
 from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, HookRegistry, SeaCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.hooks.faster_cache import _FASTER_CACHE_BLOCK_HOOK, FasterCacheBlockHook, FasterCacheBlockState
+from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheBlockState
 from diffusers.hooks.hooks import CacheContext, ModelHook, StateManager
-from diffusers.hooks.pyramid_attention_broadcast import (
-    _PYRAMID_ATTENTION_BROADCAST_HOOK,
-    PyramidAttentionBroadcastHook,
-    PyramidAttentionBroadcastState,
-)
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook, PyramidAttentionBroadcastState
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.cache_utils import CacheMixin
 
 
 class ContextStateMixin(ModelHook):
-    """Takes over another hook's settings, with a state for each cache context in place of one for all.
-
-    With one state, the branches of the guidance would take from each other.
-    """
+    """Takes over a hook's settings, with a state for each cache context: one for all would mix guidance's branches."""
 
     state_class: type
 
@@ -49,18 +42,15 @@ class ContextStateMixin(ModelHook):
         return self.state_manager.get_state()
 
 
-class ContextPyramidAttentionBroadcastHook(ContextStateMixin, PyramidAttentionBroadcastHook):
+class ContextPyramidHook(ContextStateMixin, PyramidAttentionBroadcastHook):
     state_class = PyramidAttentionBroadcastState
 
 
-class ContextFasterCacheBlockHook(ContextStateMixin, FasterCacheBlockHook):
+class ContextFasterHook(ContextStateMixin, FasterCacheBlockHook):
     state_class = FasterCacheBlockState
 
 
-CONTEXT_HOOKS = {
-    _PYRAMID_ATTENTION_BROADCAST_HOOK: ContextPyramidAttentionBroadcastHook,
-    _FASTER_CACHE_BLOCK_HOOK: ContextFasterCacheBlockHook,
-}
+CONTEXT_HOOKS = {PyramidAttentionBroadcastHook: ContextPyramidHook, FasterCacheBlockHook: ContextFasterHook}
 
 
 def register_block(block_class: type[nn.Module]) -> type[nn.Module]:
@@ -79,10 +69,8 @@ def check_cache(config: Any, is_shared_out: bool) -> None:
     """Raises a `ValueError` for a cache that cannot work here, or not with the sequence shared out to processes."""
     if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
         raise ValueError(
-            "`config`=FasterCacheConfig predicts one branch of the guidance from the other inside one batch, but this"
-            " transformer runs them one after the other. Set `is_guidance_distilled=True`, which leaves both branches"
-            " to be computed, or take FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, SeaCacheConfig or"
-            " PyramidAttentionBroadcastConfig."
+            "`config`=FasterCacheConfig takes both branches of the guidance from one batch, but this transformer runs"
+            " them in turn. Set `is_guidance_distilled=True`, which computes both, or take another cache."
         )
     if isinstance(config, FirstBlockCacheConfig) and is_shared_out:
         raise ValueError(
@@ -95,25 +83,18 @@ class MagiHumanCacheMixin(CacheMixin):
     """Diffusers' caches, each of which keeps the branches of the guidance apart."""
 
     def enable_cache(self, config: Any) -> None:
-        """
-        Lets later steps reuse what earlier ones computed.
+        """Lets later steps reuse what earlier ones computed; a `ValueError` if one is on already, or cannot work here.
 
-        Args:
-            config: `FirstBlockCacheConfig`, `MagCacheConfig`, `TaylorSeerCacheConfig`, `SeaCacheConfig`,
-                `PyramidAttentionBroadcastConfig`, or `FasterCacheConfig` with `is_guidance_distilled=True`.
-
-        Raises:
-            `ValueError`: A cache is enabled already, or this one cannot work here or with context parallelism.
+        `config` is a `FirstBlockCacheConfig`, `MagCacheConfig`, `TaylorSeerCacheConfig`, `SeaCacheConfig`,
+        `PyramidAttentionBroadcastConfig`, or `FasterCacheConfig` with `is_guidance_distilled=True`.
         """
         check_cache(config, is_shared_out=self._num_shards > 1)
         if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
             config = dataclasses.replace(config, raw_vision_callback=video_latents)
         super().enable_cache(config)
-        for module in self.modules():
-            if isinstance(module, AttentionModuleMixin):
-                registry = HookRegistry.check_if_exists_or_initialize(module)
-                for name, hook_class in CONTEXT_HOOKS.items():
-                    hook = registry.get_hook(name)
-                    if hook is not None:
-                        registry.remove_hook(name, recurse=False)
-                        registry.register_hook(hook_class(hook), name)
+        attentions = [module for module in self.modules() if isinstance(module, AttentionModuleMixin)]
+        for registry in map(HookRegistry.check_if_exists_or_initialize, attentions):
+            for name, hook in list(registry.hooks.items()):
+                if type(hook) in CONTEXT_HOOKS:
+                    registry.remove_hook(name, recurse=False)
+                    registry.register_hook(CONTEXT_HOOKS[type(hook)](hook), name)

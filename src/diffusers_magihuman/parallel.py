@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several GPUs: how context parallelism shares out the sequence, and tensor parallelism the weights of the blocks.
 
-With context parallelism every process holds a shard, an equal part of the video, of the audio and of the text, each
-padded to a multiple of the number of processes. Attention gathers the whole sequence for a part of the heads.
+In context parallelism each process holds a shard, an equal part of the video, the audio and the text, padded to a
+multiple of the number of processes. Attention gathers the whole sequence for a part of the heads.
 """
 
 import math
@@ -20,12 +20,10 @@ from diffusers.models.attention_dispatch import SeqAllToAllDim
 from .caches import check_cache
 
 
+AnyParallelConfig = ParallelConfig | ContextParallelConfig | TensorParallelConfig
 CONTEXT_PARALLEL_PLAN: ContextParallelModelPlan = {
     "shard_tokens": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-    "rope": {
-        0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
-        1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
-    },
+    "rope": dict.fromkeys((0, 1), ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)),
     "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
 }
 
@@ -33,11 +31,8 @@ CONTEXT_PARALLEL_PLAN: ContextParallelModelPlan = {
 def make_tensor_parallel_plan(transformer_blocks: nn.ModuleList) -> dict[str, str | PackedColwiseParallel]:
     """How each linear of the blocks is split, by its name: heads and inner channels are shared out."""
     plan: dict[str, str | PackedColwiseParallel] = {}
-    linears = {
-        name: module
-        for name, module in transformer_blocks.named_modules(prefix="transformer_blocks")
-        if isinstance(module, nn.Linear)
-    }
+    modules = transformer_blocks.named_modules(prefix="transformer_blocks")
+    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
     for name, linear in linears.items():
         parent, _, kind = name.rpartition(".")
         plan[name] = "rowwise" if kind in ("to_out", "linear_out") else "colwise"
@@ -55,10 +50,8 @@ def to_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shard
     """Pads every modality and orders the sequence (dimension 1) shard by shard."""
     if num_shards == 1:
         return states
-    parts = [
-        pad_to_multiple(part, num_shards).unflatten(1, (num_shards, -1))
-        for part in states.split(modality_lengths, dim=1)
-    ]
+    padded = [pad_to_multiple(part, num_shards) for part in states.split(modality_lengths, dim=1)]
+    parts = [part.unflatten(1, (num_shards, -1)) for part in padded]
     return torch.cat(parts, dim=2).flatten(1, 2)
 
 
@@ -71,24 +64,17 @@ def from_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_sha
 
 def ulysses_group(parallel_config: ParallelConfig | None) -> "dist.ProcessGroup | None":
     """The processes that share out the sequence, if it is shared out."""
-    if parallel_config is None or parallel_config.context_parallel_config is None:
-        return None
+    context = None if parallel_config is None else parallel_config.context_parallel_config
     # Diffusers keeps the mesh of the processes to itself; a public property there would replace the private name.
-    return parallel_config.context_parallel_config._ulysses_mesh.get_group()
+    return None if context is None else context._ulysses_mesh.get_group()
 
 
-def gather_sequence(
-    states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup"
-) -> torch.Tensor:
-    """
-    From a shard of the sequence and all heads to the whole sequence and an equal part of the heads.
-
-    Heads are repeated before they are sent, but only as far as every process needs one.
-    """
+def gather_sequence(states: torch.Tensor, lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
+    """From a shard of the sequence and all heads to the whole sequence and an equal part of the heads."""
     num_shards, num_heads = group.size(), states.shape[2]
-    if num_heads % num_shards:
+    if num_heads % num_shards:  # only so far that every process has one
         states = states.repeat_interleave(math.lcm(num_heads, num_shards) // num_heads, dim=2)
-    return from_shards(SeqAllToAllDim.apply(group, states, 2, 1), modality_lengths, num_shards)
+    return from_shards(SeqAllToAllDim.apply(group, states, 2, 1), lengths, num_shards)
 
 
 def gather_heads(states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
@@ -99,14 +85,8 @@ def gather_heads(states: torch.Tensor, modality_lengths: tuple[int, ...], group:
 class MagiHumanParallelMixin:
     """Diffusers' context and tensor parallelism, for a transformer with `transformer_blocks`."""
 
-    def enable_parallelism(
-        self,
-        *,
-        config: ParallelConfig | ContextParallelConfig | TensorParallelConfig,
-        cp_plan: dict[str, ContextParallelModelPlan] | None = None,
-    ) -> None:
-        """
-        Shares the work out to the processes of `torch.distributed`, each of which must be given the same inputs.
+    def enable_parallelism(self, *, config: AnyParallelConfig, cp_plan: dict[str, Any] | None = None) -> None:
+        """Shares the work out to the processes of `torch.distributed`, each of which must be given the same inputs.
 
         Context parallelism splits the sequence, for any lengths of video, audio and text. Tensor parallelism splits
         the weights of the blocks; Diffusers has it on accelerators only.
@@ -117,30 +97,26 @@ class MagiHumanParallelMixin:
             cp_plan (`dict`, *optional*): A plan of context parallelism in place of the model's own.
 
         Raises:
-            `ValueError`: `ulysses_degree` does not divide the attention heads, or comes with a first-block cache;
-                `ring_degree` is not 1; `tp_degree` does not divide the key and value heads, or comes with fused
-                projections.
+            `ValueError`: `ulysses_degree` does not divide the attention heads, or comes with a first-block cache, or
+                `ring_degree` is not 1; `tp_degree` does not divide the key and value heads, or projections are fused.
         """
-        context_config = config if isinstance(config, ContextParallelConfig) else None
-        tensor_config = config if isinstance(config, TensorParallelConfig) else None
+        context = config if isinstance(config, ContextParallelConfig) else None
+        tensor = config if isinstance(config, TensorParallelConfig) else None
         if isinstance(config, ParallelConfig):
-            context_config, tensor_config = config.context_parallel_config, config.tensor_parallel_config
+            context, tensor = config.context_parallel_config, config.tensor_parallel_config
         degrees = []
-        if context_config is not None:
-            if context_config.ring_degree > 1:
+        if context is not None:
+            if context.ring_degree > 1:
                 raise ValueError(
-                    f"`ring_degree`={context_config.ring_degree} must be 1: ring attention can neither leave out the"
-                    " padding of shards nor serve frame-local layers. Use `ulysses_degree`."
+                    f"`ring_degree`={context.ring_degree} must be 1: ring attention can neither leave out the padding"
+                    " of shards nor serve frame-local layers. Use `ulysses_degree`."
                 )
             check_cache(self._cache_config, is_shared_out=True)
-            degree, num_heads = context_config.ulysses_degree, self.config.num_attention_heads
-            degrees.append(("ulysses_degree", degree, num_heads, "attention"))
-        if tensor_config is not None:
+            degrees.append(("ulysses_degree", context.ulysses_degree, self.config.num_attention_heads, "attention"))
+        if tensor is not None:
             if any(block.attn.fused_projections for block in self.transformer_blocks):
-                raise ValueError(
-                    "`TensorParallelConfig` cannot split fused projections: call `unfuse_qkv_projections()` first."
-                )
-            degree = tensor_config.tp_degree if tensor_config.mesh is None else tensor_config.mesh.size()
+                raise ValueError("Fused projections cannot be split: call `unfuse_qkv_projections()` first.")
+            degree = tensor.tp_degree if tensor.mesh is None else tensor.mesh.size()
             degrees.append(("tp_degree", degree, self.config.num_key_value_heads, "key and value"))
         for name, degree, num_heads, kind in degrees:
             if num_heads % degree:
@@ -150,7 +126,5 @@ class MagiHumanParallelMixin:
 
     @property
     def _num_shards(self) -> int:
-        config: Any = self._parallel_config
-        if config is None or config.context_parallel_config is None:
-            return 1
-        return config.context_parallel_config.ulysses_degree
+        context = None if self._parallel_config is None else self._parallel_config.context_parallel_config
+        return 1 if context is None else context.ulysses_degree

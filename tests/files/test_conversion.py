@@ -13,7 +13,6 @@ from diffusers_magihuman.conversion import (
     FP8_SCALE,
     convert_tensors,
     convert_transformer_state_dict,
-    expert_name,
     guess_variant,
     transformer_config_from_state_dict,
     transformer_rules,
@@ -107,24 +106,20 @@ def test_config_is_read_off_the_shapes(case, expected):
     }
 
 
-def ours(layer, target, expert):
-    return f"transformer_blocks.{layer}.{expert_name(target, expert)}.weight"
-
-
 def test_conversion_splits_and_shifts_exactly(weights):
     converted = convert(weights)
     experts = weights["block.layers.0.attention.linear_qkv.weight"].chunk(3)
     for expert, name in zip(experts, ("video", "audio", "text"), strict=True):
-        parts = [converted[ours(0, f"attn.to_{part}", name)] for part in ("q", "k", "v", "gate")]
+        parts = [converted[f"transformer_blocks.0.attn.{name}.to_{part}.weight"] for part in ("q", "k", "v", "gate")]
         assert [len(part) for part in parts] == [64, 32, 32, 4]
         assert torch.equal(torch.cat(parts), expert)
     up = converted["transformer_blocks.2.ff.linear_in.weight"]
     stored = weights["block.layers.2.mlp.up_gate_proj.weight"]
     assert torch.equal(up[:168], stored[::2]) and torch.equal(up[168:], stored[1::2])
-    gelu = converted[ours(0, "ff.linear_in", "video")]
+    gelu = converted["transformer_blocks.0.ff.video.linear_in.weight"]
     assert torch.equal(gelu, weights["block.layers.0.mlp.up_gate_proj.weight"][:256])
     norm = weights["block.layers.0.attention.q_norm.weight"]
-    assert torch.equal(converted[ours(0, "attn.norm_q", "text")], norm[32:] + 1)
+    assert torch.equal(converted["transformer_blocks.0.attn.text.norm_q.weight"], norm[32:] + 1)
 
 
 def test_norms_are_shifted_in_float32(weights):

@@ -117,7 +117,7 @@ def test_pipeline_file_exposes_one_pipeline(pipeline):
 )
 def test_code_is_written_only_for_our_pipelines(index, tmp_path):
     (tmp_path / "model_index.json").write_text(index)
-    with pytest.raises(ValueError, match=r"holds a|model_index\.json' names no pipeline"):
+    with pytest.raises(ValueError, match=r"model_index\.json' must name one of the pipelines"):
         write_repository_code(tmp_path)
     with pytest.raises(OSError, match=r"model_index\.json"):
         write_repository_code(tmp_path / "nowhere")
@@ -243,7 +243,7 @@ def test_gated_repository_is_named_with_its_page(repo, hub, tmp_path):
 def test_what_is_not_there_is_named(cache, downloads):
     with pytest.raises(OSError, match=r"https://huggingface\.co/nobody/nothing cannot be downloaded"):
         load_original_transformer("nobody/nothing", variant="distill", **cache)
-    with pytest.raises(OSError, match=r"has none of the folders \['distill'\]"):
+    with pytest.raises(OSError, match=r"has no safetensors in \['distill'\]"):
         load_original_transformer("SanDiegoDude/daVinci-MagiHuman-FP8", variant="distill", **cache)
     assert not downloads
 

@@ -58,6 +58,12 @@ def is_exact(model, weights):
     return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def assert_kept_in_float32(model):
+    for name, parameter in model.named_parameters():
+        is_kept = any(part in name for part in ("embedder", "norm", "proj_out"))
+        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+
+
 LAYOUTS = {
     ("GAIR/daVinci-MagiHuman", "base"): None,
     ("GAIR/daVinci-MagiHuman", "distill"): None,
@@ -94,9 +100,7 @@ def test_every_layout_gives_what_it_holds(path, subfolder, repositories, base_we
 )
 def test_fp32_stays_fp32(path, subfolder, repositories):
     model = load_original_transformer(repositories / path, subfolder)
-    for name, parameter in model.named_parameters():
-        is_kept = any(part in name for part in ("embedder", "norm", "proj_out"))
-        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+    assert_kept_in_float32(model)
     assert model.dtype == torch.bfloat16 and not model.training
 
 
@@ -146,9 +150,7 @@ def test_from_single_file_with_our_names(base_weights, tmp_path):
     model.save_pretrained(tmp_path)
     file = str(tmp_path / "diffusion_pytorch_model.safetensors")
     loaded = MagiHumanTransformer3DModel.from_single_file(file, config=str(tmp_path))
-    for name, parameter in loaded.named_parameters():
-        is_kept = any(part in name for part in ("embedder", "norm", "proj_out"))
-        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+    assert_kept_in_float32(loaded)
     with pytest.raises(ValueError, match="variant"):
         MagiHumanTransformer3DModel.from_single_file(file)
 
@@ -179,9 +181,9 @@ def make_wrong(kind, weights, folder):
 @pytest.mark.parametrize(
     "kind, error, message",
     [
-        ("truncated", OSError, "model-00002-of-00003.safetensors' is damaged or no safetensors file"),
-        ("missing shard", OSError, "model-00002-of-00003.safetensors' is missing"),
-        ("absent tensor", OSError, r"lacks the tensors \['block.layers.99.mlp.pre_norm.weight'\]"),
+        ("truncated", OSError, "model-00002-of-00003.safetensors' is missing, damaged"),
+        ("missing shard", OSError, "model-00002-of-00003.safetensors' is missing.*No such file"),
+        ("absent tensor", OSError, r"lacks what its index says it holds: .*block.layers.99.mlp.pre_norm.weight"),
         ("climbs out", ValueError, "names the files .*secret.safetensors"),
         ("absolute", ValueError, "names the files .*secret.safetensors"),
         ("no index", OSError, "model.safetensors.index.json' is no index of safetensors files"),
@@ -196,15 +198,15 @@ def test_wrong_files_raise(kind, error, message, base_weights, tmp_path):
 
 def test_nothing_to_open_raises(tmp_path, base_weights):
     (tmp_path / "base").mkdir()
-    with pytest.raises(OSError, match=r"has none of the folders \['base'\]"):
+    with pytest.raises(OSError, match=r"has no safetensors in \['base'\]"):
         load_original_transformer(tmp_path / "base")
     for name in ("one", "two"):
         save_file({"x": torch.zeros(1)}, tmp_path / "base" / f"{name}.safetensors")
-    with pytest.raises(OSError, match="must hold one index or one"):
+    with pytest.raises(OSError, match="must hold an index or one"):
         load_original_transformer(tmp_path / "base")
     with pytest.raises(OSError, match=r"'./missing' is neither a path that exists nor a repository"):
         load_original_transformer("./missing", variant="base")
-    with pytest.raises(OSError, match="has no 'nowhere'"):
+    with pytest.raises(OSError, match=r"has no safetensors in \['nowhere'\]"):
         load_original_transformer(tmp_path, subfolder="nowhere", variant="base")
     write_shards(base_weights, tmp_path / "x", "model")
     with pytest.raises(ValueError, match="`variant`='large' must be one of"):
@@ -282,7 +284,7 @@ def test_text_encoder_with_a_missing_tensor_raises(repositories, tmp_path):
     content = json.loads(index.read_text())
     del content["weight_map"]["model.encoder.norm.weight"]
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"missing: encoder\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"missing: model\.encoder\.norm\.weight"):
         load_text_encoder(path)
 
 
@@ -290,7 +292,7 @@ def test_damaged_turbo_vae_config_is_named(tmp_path):
     info, _ = load_golden("turbo_vae")
     write_turbo_vae(load_golden_weights("turbo_vae"), info["turbo_vaed_config"], tmp_path / "turbo_vae")
     (tmp_path / "turbo_vae" / "config.json").write_text("")
-    with pytest.raises(OSError, match=r"config\.json' is no config"):
+    with pytest.raises(OSError, match=r"config\.json' is damaged"):
         load_original_turbo_vae(tmp_path / "turbo_vae")
 
 
@@ -299,10 +301,7 @@ def test_damaged_turbo_vae_config_is_named(tmp_path):
 def test_from_original_with_local_directories(variant, turbo, repositories):
     sources = local_sources(repositories)
     pipe = MagiHumanAudioVideoPipeline.from_original(
-        variant=variant,
-        dtype=torch.float32,
-        turbo_vae=sources["path_or_repo"] if turbo else None,
-        **sources,
+        variant=variant, dtype=torch.float32, turbo_vae=sources["path_or_repo"] if turbo else None, **sources
     )
     assert pipe.config.is_distilled == (variant == "distill")
     assert pipe.scheduler.config.sampler == ("renoise" if variant == "distill" else "unipc")
@@ -340,7 +339,7 @@ def test_upscale_from_original_with_local_directories(variant, size, turbo, repo
 
 def test_from_original_refuses_the_other_pipelines_variants(repositories):
     source = repositories / "GAIR" / "daVinci-MagiHuman"
-    with pytest.raises(ValueError, match="`variant`='sr_540p' must be 'base' or 'distill'"):
+    with pytest.raises(ValueError, match="`variant`='sr_540p' must be"):
         MagiHumanAudioVideoPipeline.from_original(source, subfolder="540p_sr")
-    with pytest.raises(ValueError, match="`variant`='distill' must be 'sr_540p' or 'sr_1080p'"):
+    with pytest.raises(ValueError, match="`variant`='distill' must be"):
         MagiHumanLatentUpscalePipeline.from_original(source, subfolder="distill")

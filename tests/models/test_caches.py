@@ -31,10 +31,7 @@ CACHES = {
         lambda _: TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1),
         lambda _: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
     ),
-    "sea": (
-        lambda _: SeaCacheConfig(threshold=0.0),
-        lambda _: SeaCacheConfig(threshold=1e3),
-    ),
+    "sea": (lambda _: SeaCacheConfig(threshold=0.0), lambda _: SeaCacheConfig(threshold=1e3)),
     "pyramid": (
         lambda pipe: PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,

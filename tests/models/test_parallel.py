@@ -242,17 +242,9 @@ CASES = [
     grouped_heads,
     gradients,
     adapters_come_and_go,
-    any_lengths_option,
-    given_mesh,
-    enabled_while_loading,
-    tensor_parallel,
-    guidance,
-    several_prompts,
-    distilled,
-    image_and_sound,
-    mag_cache,
-    upscale_pipeline,
 ]
+CASES += [any_lengths_option, given_mesh, enabled_while_loading, tensor_parallel, guidance, several_prompts, distilled]
+CASES += [image_and_sound, mag_cache, upscale_pipeline]
 
 
 def run_cases(rank, world_size, folder):

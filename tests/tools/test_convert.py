@@ -139,7 +139,7 @@ def test_wrong_source_leaves_nothing(source, tmp_path):
     shutil.copytree(source, tmp_path / "distill")
     shard = tmp_path / "distill" / "model-00003-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(OSError, match=r"model-00003-of-00003\.safetensors' is damaged"):
+    with pytest.raises(OSError, match=r"model-00003-of-00003\.safetensors' is missing, damaged"):
         convert_checkpoint(tmp_path / "distill", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["distill"]
 

@@ -20,7 +20,7 @@ from ..pipeline_magihuman import MagiHumanAudioVideoPipeline
 from ..pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from .convert import convert_checkpoint
 from .embedded import embedded_model
-from .hub import CARD_VARIANTS, make_model_card, write_file
+from .hub import CARD_VARIANTS, make_model_card
 from .plan import format_calls, format_plan, plan_call
 
 
@@ -241,7 +241,7 @@ def run_card(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         print(card, end="")
     else:
-        write_file(Path(arguments.output), card)
+        Path(arguments.output).write_text(card, encoding="utf-8")
 
 
 def check_pipeline(option: str, model: str, pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:

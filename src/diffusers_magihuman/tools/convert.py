@@ -16,15 +16,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..conversion import UPSCALE_SIZES, Rule, check_variant, convert_tensors, guess_variant, plan_transformer
-from ..loading import (
-    LazyTensors,
-    fetch_transformer,
-    load_part,
-    load_video_vae,
-    meta_model,
-    open_checkpoint,
-    open_text_encoder,
-)
+from ..loading import LazyTensors, load_part, load_video_vae, meta_model, open_text_encoder, open_transformer
 from ..scheduling_magihuman_flow import MagiHumanFlowScheduler
 from ..transformer_magihuman import MagiHumanTransformer3DModel
 from .hub import make_licence_note, make_model_card, write_repository_code
@@ -44,54 +36,43 @@ def convert_checkpoint(
     repo_id: str | None = None,
     **hub_kwargs: Any,
 ) -> Path:
-    """
-    Converts a published checkpoint to a Diffusers repository, a tensor at a time.
+    """Converts a published checkpoint to a Diffusers repository, a tensor at a time, and returns its directory.
 
     The directory appears under its name only when it is complete. A run that fails leaves nothing; one that is killed
     leaves a hidden directory beside it.
 
     Args:
-        source (`str` or `os.PathLike`): The transformer, see [`load_original_transformer`].
-        output (`str` or `os.PathLike`): Directory to write; it must not exist.
-        variant (`str`, *optional*): `"base"`, `"distill"`, `"sr_540p"` or `"sr_1080p"`, guessed from the path.
-        subfolder (`str`, *optional*): Directory or file within the source.
-        dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of what is not kept in float32.
-        max_shard_size (`int` or `str`, defaults to `"5GB"`): Bytes of a file; also most of the memory that is needed.
-        text_encoder, video_vae, turbo_vae, audio_vae (`str` or `os.PathLike`, *optional*):
-            Directories or repositories of other parts to include; parts that are left out are given when loading.
+        source, variant, subfolder: The transformer, see [`load_original_transformer`], also for errors.
+        output (`str` or `os.PathLike`): Directory to write; a `ValueError` if it exists.
+        dtype (`torch.dtype`): Dtype of what is not kept in float32.
+        max_shard_size (`int` or `str`): Bytes of a file; also most of the memory that is needed.
+        text_encoder, video_vae, turbo_vae, audio_vae (`str` or `os.PathLike`, *optional*): Directories or repositories
+            of other parts to include; parts that are left out are given when loading.
         repo_id (`str`, *optional*): Repository that the examples of the model card load.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the downloads.
-
-    Returns:
-        `Path`: The directory.
-
-    Raises:
-        `ValueError`: `output` exists, the variant cannot be guessed, or tensors do not fit.
-        `OSError`: A file or repository is missing, damaged or not accessible, or the disk is too small.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only` of all downloads, `revision` of the transformer's.
     """
     output = Path(output).absolute()
     if output.exists():
         raise ValueError(f"`output` is {str(output)!r}, which exists; it must be a new directory.")
     variant = check_variant(variant or guess_variant(source, subfolder))
     card = make_model_card(variant.replace("_", "-"), repo_id)
-    tensors = open_checkpoint(fetch_transformer(source, subfolder, variant, **hub_kwargs))
-    config, rules = plan_transformer(tensors, tensors.shapes, variant)
-    part_kwargs = {name: value for name, value in hub_kwargs.items() if name != "revision"}
+    tensors = open_transformer(source, subfolder, variant, **hub_kwargs)
+    config, rules = plan_transformer(tensors, variant)
+    hub_kwargs.pop("revision", None)  # the other parts are in other repositories
 
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".incomplete", dir=output.parent))
     try:
         folder.chmod(0o755)  # temporary ones are for their owner alone
         # The transformer, which takes the longest, comes last: a part that is missing is found before.
-        scheduler = MagiHumanFlowScheduler(sampler="renoise" if variant == "distill" else "unipc")
-        scheduler.save_pretrained(folder / "scheduler")
+        sampler = "renoise" if variant == "distill" else "unipc"
+        MagiHumanFlowScheduler(sampler=sampler).save_pretrained(folder / "scheduler")
         if video_vae is not None:
-            load_video_vae(video_vae, turbo_vae, dtype, **part_kwargs).save_pretrained(folder / "vae")
+            load_video_vae(video_vae, turbo_vae, dtype, **hub_kwargs).save_pretrained(folder / "vae")
         if audio_vae is not None:
-            autoencoder = load_part(AutoencoderOobleck, audio_vae, torch.float32, **part_kwargs)
-            autoencoder.save_pretrained(folder / "audio_vae")
+            load_part(AutoencoderOobleck, audio_vae, torch.float32, **hub_kwargs).save_pretrained(folder / "audio_vae")
         if text_encoder is not None:
-            tokenizer, encoder, encoder_rules, encoder_config = open_text_encoder(text_encoder, **part_kwargs)
+            tokenizer, encoder, encoder_rules, encoder_config = open_text_encoder(text_encoder, **hub_kwargs)
             tokenizer.save_pretrained(folder / "tokenizer")
             encoder_config.architectures, encoder_config.dtype = ["T5GemmaEncoderModel"], dtype
             encoder_config.save_pretrained(folder / "text_encoder")
@@ -100,8 +81,7 @@ def convert_checkpoint(
         write_shards(tensors, rules, dtype, folder / "transformer", "diffusion_pytorch_model", max_shard_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "NOTICE.md").write_text(make_licence_note(), encoding="utf-8")
-        index = make_index(folder, variant, turbo_vae)
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model_index.json").write_text(json.dumps(make_index(folder, variant, turbo_vae), indent=2) + "\n")
         write_repository_code(folder)
         folder.rename(output)
     except BaseException:
@@ -114,14 +94,11 @@ def write_shards(
     source: LazyTensors, rules: dict[str, Rule], dtype: torch.dtype, folder: Path, stem: str, max_shard_size: int | str
 ) -> None:
     """Converts tensors and writes them to safetensors files of at most `max_shard_size` each."""
-    described = {
-        name: torch.empty(shape, dtype=torch.float32 if rule.is_float32 else dtype, device="meta")
-        for rule in rules.values()
-        for name, shape in rule.targets.items()
-    }
-    split = split_torch_state_dict_into_shards(
-        described, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
-    )
+    dtypes = {name: torch.float32 if rule.is_float32 else dtype for rule in rules.values() for name in rule.targets}
+    shapes = {name: shape for rule in rules.values() for name, shape in rule.targets.items()}
+    described = {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in shapes}
+    pattern = f"{stem}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(described, filename_pattern=pattern, max_shard_size=max_shard_size)
     with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, unit_divisor=1024) as progress:
         tensors = convert_tensors(source, rules, dtype)
         waiting: dict[str, torch.Tensor] = {}
