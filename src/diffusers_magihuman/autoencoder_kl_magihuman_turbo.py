@@ -254,10 +254,8 @@ class MagiHumanTurboDecoder3d(nn.Module):
         for up_block in self.up_blocks[1:]:
             hidden_states = up_block(hidden_states, is_first_chunk)
         hidden_states = F.silu(rms_norm(hidden_states))
-
         if self.upsampler2d_1 is None:
             return unpatchify(self.conv_out(hidden_states), PATCH_SIZE)
-
         hidden_states = apply_to_frames(self.upsampler2d_1, hidden_states)
         hidden_states = F.pixel_shuffle(hidden_states.transpose(1, 2), PATCH_SIZE).transpose(1, 2)
         return self.conv_out(F.silu(rms_norm(hidden_states)))
