@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Turbo VAE: a light decoder for the latents of the Wan 2.2 VAE, and that VAE's own encoder.
+"""The Turbo VAE: a light decoder for the latents of the Wan 2.2 VAE, and the encoder of that VAE, which is optional.
 
-Notable features:
-
-- the decoder is not causal; it slides a window over the latent frames, so its memory does not grow with the video
-- tiles in space see as far as the convolutions do, so they fit together without blending
-- its norms have no weights and work in float32
-- the encoder is Diffusers' `WanEncoder3d`, weight for weight, and may be left out
+The decoder is not causal; it slides a window over the latent frames, so its memory does not grow with the video. Tiles
+in space see as far as the convolutions do, so they fit together without blending.
 """
+# ruff: noqa: ARG002 (the decoder and the pipelines read the model's arguments from its config)
 
 import math
 from collections import UserList
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, patchify, unpatchify
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -70,11 +67,10 @@ def margin_and_scale(modules: Iterable[nn.Module]) -> tuple[int, int]:
     return math.ceil(margin), scale
 
 
-def tile_bounds(size: int, tile_size: int) -> Iterator[tuple[int, int]]:
+def tile_bounds(size: int, tile_size: int) -> list[tuple[int, int]]:
     """Starts and ends of the fewest tiles of about equal size, at most `tile_size`."""
     num_tiles = math.ceil(size / tile_size)
-    for tile in range(num_tiles):
-        yield tile * size // num_tiles, (tile + 1) * size // num_tiles
+    return [(tile * size // num_tiles, (tile + 1) * size // num_tiles) for tile in range(num_tiles)]
 
 
 class MagiHumanTurboConv3d(nn.Conv3d):
@@ -113,12 +109,9 @@ class MagiHumanTurboSeparableConv3d(nn.Module):
 
 
 class MagiHumanTurboResnetBlock3d(nn.Module):
-    """
-    Residual block; where its channels change, the residual is normed and convolved too.
-
-    `separable_kernel_size` is that of separable convolutions; `None` stands for plain ones, whose kernel size is 3.
-    `first_activation` follows the first norm, SiLU the second.
-    """
+    """Residual block, with separable convolutions of `separable_kernel_size` or, for `None`, plain ones of 3; where
+    channels change, the residual is normed and convolved too. `first_activation` follows the first norm, SiLU the
+    second."""
 
     def __init__(
         self,
@@ -179,13 +172,12 @@ class MagiHumanTurboBlock3d(nn.Module):
         spatial_only: bool = False,
     ) -> None:
         super().__init__()
+        resnet = (separable_kernel_size, shortcut_norm_eps)
         self.conv_in = None
         if in_channels != out_channels:
-            self.conv_in = MagiHumanTurboResnetBlock3d(
-                in_channels, out_channels, separable_kernel_size, shortcut_norm_eps
-            )
+            self.conv_in = MagiHumanTurboResnetBlock3d(in_channels, out_channels, *resnet)
         self.upsamplers = nn.ModuleList([MagiHumanTurboUpsampler3d(out_channels, spatial_only)] if upsample else [])
-        resnet = (out_channels, out_channels, separable_kernel_size, shortcut_norm_eps, F.relu if upsample else F.silu)
+        resnet = (out_channels, out_channels, *resnet, F.relu if upsample else F.silu)
         self.resnets = nn.ModuleList(MagiHumanTurboResnetBlock3d(*resnet) for _ in range(num_layers))
 
     def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
@@ -199,44 +191,28 @@ class MagiHumanTurboBlock3d(nn.Module):
 
 
 class MagiHumanTurboDecoder3d(nn.Module):
-    """
-    Decoder of one window of latent frames.
+    """Decoder of one window of latent frames, with the config of [`AutoencoderKLMagiHumanTurbo`]. It walks the tuples
+    from the end, which in those with one entry more than there are blocks is the middle block's."""
 
-    All tuples are ordered as in an encoder, from pixels to latents; the decoder walks them from the end. The tuples of
-    one entry more than there are blocks hold the middle block's in last place. Arguments: see
-    [`AutoencoderKLMagiHumanTurbo`].
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: tuple[int, ...],
-        spatio_temporal_scaling: tuple[bool, ...],
-        spatio_only: tuple[bool, ...],
-        is_dw_conv: tuple[bool, ...],
-        dw_kernel_size: int,
-        resnet_norm_eps: float,
-        use_unpatchify: bool,
-    ) -> None:
+    def __init__(self, config: FrozenDict) -> None:
         super().__init__()
-        channels = block_out_channels[-1]
-        mid_kernel_size, *kernel_sizes = (dw_kernel_size if is_dw else None for is_dw in reversed(is_dw_conv))
-        mid_layers, *num_layers = reversed(layers_per_block)
-        upsamples, spatial_only = reversed(spatio_temporal_scaling), reversed(spatio_only)
+        channels, eps = config.decoder_block_out_channels[-1], config.resnet_norm_eps
+        kernel_size = config.decoder_dw_kernel_size
+        mid_kernel_size, *kernel_sizes = (kernel_size if is_dw else None for is_dw in config.decoder_is_dw_conv[::-1])
+        mid_layers, *num_layers = reversed(config.decoder_layers_per_block)
+        upsamples, spatial_only = config.decoder_spatio_temporal_scaling[::-1], config.decoder_spatio_only[::-1]
 
-        self.conv_in = MagiHumanTurboConv3d(in_channels, channels, (3, 3, 3))
-        self.mid_block = MagiHumanTurboBlock3d(channels, channels, mid_layers, mid_kernel_size, resnet_norm_eps)
+        self.conv_in = MagiHumanTurboConv3d(config.latent_channels, channels, (3, 3, 3))
+        self.mid_block = MagiHumanTurboBlock3d(channels, channels, mid_layers, mid_kernel_size, eps)
         self.up_blocks = nn.ModuleList()
-        blocks = zip(reversed(block_out_channels), num_layers, kernel_sizes, upsamples, spatial_only, strict=True)
+        widths = config.decoder_block_out_channels[::-1]
+        blocks = zip(widths, num_layers, kernel_sizes, upsamples, spatial_only, strict=True)
         for width, layers, kernel_size, *upsampling in blocks:
-            block = MagiHumanTurboBlock3d(channels, width, layers, kernel_size, resnet_norm_eps, *upsampling)
-            self.up_blocks.append(block)
+            self.up_blocks.append(MagiHumanTurboBlock3d(channels, width, layers, kernel_size, eps, *upsampling))
             channels = width
 
-        self.upsampler2d_1 = None
-        if use_unpatchify:
+        self.upsampler2d_1, out_channels = None, config.out_channels
+        if config.use_unpatchify:
             out_channels = out_channels * PATCH_SIZE**2
         else:
             self.upsampler2d_1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
@@ -251,15 +227,9 @@ class MagiHumanTurboDecoder3d(nn.Module):
         self, hidden_states: torch.Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`): Latents.
-            is_first_chunk (`bool`): Whether the first latent frame is the video's: it then gives one frame, else four.
-            tile_size (`tuple[int, int]`, *optional*): Height and width in pixels of the tiles that the large end runs
-                on one by one.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, out_channels, 4 * num_frames - 3 or 4 * num_frames, 16 * height,
-            16 * width)`.
+        Decodes latents `(batch_size, latent_channels, num_frames, height, width)` to `(batch_size, out_channels,
+        4 * num_frames, 16 * height, 16 * width)`, or 3 frames less if `is_first_chunk`: the first latent frame of a
+        video gives one. The large end runs on tiles of `tile_size`, height and width in pixels, one by one.
         """
         hidden_states = self.conv_in(hidden_states)
         hidden_states = self.mid_block(hidden_states, is_first_chunk)
@@ -284,52 +254,40 @@ class MagiHumanTurboDecoder3d(nn.Module):
         for up_block in self.up_blocks[1:]:
             hidden_states = up_block(hidden_states, is_first_chunk)
         hidden_states = F.silu(rms_norm(hidden_states))
-
         if self.upsampler2d_1 is None:
             return unpatchify(self.conv_out(hidden_states), PATCH_SIZE)
-
         hidden_states = apply_to_frames(self.upsampler2d_1, hidden_states)
         hidden_states = F.pixel_shuffle(hidden_states.transpose(1, 2), PATCH_SIZE).transpose(1, 2)
         return self.conv_out(F.silu(rms_norm(hidden_states)))
 
 
 class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
-    r"""
+    """
     The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
     light decoder for the latents of the Wan 2.2 VAE, `encode` is the encoder of the Wan 2.2 VAE.
 
     Tuples with one entry per block go from pixels to latents, the reverse of the order in which the decoder runs.
 
     Args:
-        in_channels (`int`, defaults to 3): Channels of the video to encode.
-        out_channels (`int`, defaults to 3): Channels of the decoded video.
-        latent_channels (`int`, defaults to 48): Channels of the latents.
+        in_channels, out_channels, latent_channels (`int`): Channels of the videos to encode, decoded, and of latents.
         decoder_block_out_channels (`tuple[int, ...]`): Channels of each block.
         decoder_layers_per_block (`tuple[int, ...]`): Residual blocks of each block, and of the middle block.
         decoder_spatio_temporal_scaling (`tuple[bool, ...]`): Whether a block upsamples.
         decoder_spatio_only (`tuple[bool, ...]`): Whether a block that upsamples leaves the number of frames as it is.
-        decoder_is_dw_conv (`tuple[bool, ...]`):
-            Whether the residual blocks of each block, and of the middle block, have depthwise separable convolutions.
-        decoder_dw_kernel_size (`int`, defaults to 5): Kernel size of the depthwise convolutions.
+        decoder_is_dw_conv (`tuple[bool, ...]`): Whether the residual blocks of each block, and of the middle block,
+            have depthwise separable convolutions, of kernel size `decoder_dw_kernel_size`.
         resnet_norm_eps (`float`, defaults to 1e-6): Epsilon of the norms on the shortcuts; the others have 1e-8.
-        use_unpatchify (`bool`, defaults to `True`):
-            Whether the last convolution gives patches; if not, a convolution and a pixel shuffle come before it.
-        first_chunk_size (`int`, defaults to 7): Latent frames that the first window decodes.
-        step_size (`int`, defaults to 7): Latent frames that every other window decodes.
-        encoder_base_dim (`int`, *optional*):
-            Channels of the first layer of the encoder, 160 in Wan 2.2. `None` for a model without encoder.
+        use_unpatchify (`bool`, defaults to `True`): Whether the last convolution gives patches; if not, a convolution
+            and a pixel shuffle come before it.
+        first_chunk_size, step_size (`int`, defaults to 7): Latent frames of the first window, and of every other.
+        encoder_base_dim (`int`, *optional*): Channels of the encoder's first layer, 160 in Wan 2.2, or no encoder.
         encoder_dim_mult (`tuple[int, ...]`): Channels of each block of the encoder, in units of `encoder_base_dim`.
         encoder_num_res_blocks (`int`, defaults to 2): Residual blocks of each block of the encoder.
         encoder_temporal_downsample (`tuple[bool, ...]`): Whether a block of the encoder halves the number of frames.
-        latents_mean (`tuple[float, ...]`): Mean of each latent channel. Applied by the pipelines, not in here.
-        latents_std (`tuple[float, ...]`): Standard deviation of each latent channel. Likewise.
+        latents_mean, latents_std (`tuple[float, ...]`): Statistics of the latent channels, applied by the pipelines.
 
-    Attributes:
-        spatial_compression_ratio (`int`): Pixels per latent in height and in width, 16 in the published model.
-        temporal_compression_ratio (`int`): Frames per latent frame after the first, 4 in the published model.
-
-    Raises:
-        ValueError: For tuples whose lengths do not agree.
+    `spatial_compression_ratio` is pixels per latent in height and width, 16 in the published model, and
+    `temporal_compression_ratio` frames per latent frame after the first, 4. `ValueError`: tuples' lengths disagree.
     """
 
     _supports_gradient_checkpointing = False
@@ -356,28 +314,22 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         encoder_dim_mult: tuple[int, ...] = (1, 2, 4, 4),
         encoder_num_res_blocks: int = 2,
         encoder_temporal_downsample: tuple[bool, ...] = (False, True, True),
-        latents_mean: tuple[float, ...] = LATENTS_MEAN,  # noqa: ARG002
-        latents_std: tuple[float, ...] = LATENTS_STD,  # noqa: ARG002
+        latents_mean: tuple[float, ...] = LATENTS_MEAN,
+        latents_std: tuple[float, ...] = LATENTS_STD,
     ) -> None:
         super().__init__()
         num_blocks = len(decoder_block_out_channels)
-        for name, value, length in (
-            ("decoder_layers_per_block", decoder_layers_per_block, num_blocks + 1),
-            ("decoder_spatio_temporal_scaling", decoder_spatio_temporal_scaling, num_blocks),
-            ("decoder_spatio_only", decoder_spatio_only, num_blocks),
-            ("decoder_is_dw_conv", decoder_is_dw_conv, num_blocks + 1),
-        ):
+        num_more = {"layers_per_block": 1, "spatio_temporal_scaling": 0, "spatio_only": 0, "is_dw_conv": 1}
+        for name, more in num_more.items():
+            value, length = self.config[f"decoder_{name}"], num_blocks + more
             if len(value) != length:
                 raise ValueError(
-                    f"`{name}` must have {length} entries, as `decoder_block_out_channels` has {num_blocks}, "
-                    f"but is {value}."
+                    f"`decoder_{name}` must have {length} entries for {num_blocks} blocks, but is {value}."
                 )
-
-        self.encoder = None
-        self.quant_conv = None
+        self.encoder = self.quant_conv = None
         if encoder_base_dim is not None:
             self.encoder = WanEncoder3d(
-                in_channels=in_channels * PATCH_SIZE**2,
+                in_channels * PATCH_SIZE**2,
                 dim=encoder_base_dim,
                 z_dim=2 * latent_channels,
                 dim_mult=list(encoder_dim_mult),
@@ -386,28 +338,13 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
                 is_residual=True,
             )
             self.quant_conv = WanCausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
-        self.decoder = MagiHumanTurboDecoder3d(
-            in_channels=latent_channels,
-            out_channels=out_channels,
-            block_out_channels=decoder_block_out_channels,
-            layers_per_block=decoder_layers_per_block,
-            spatio_temporal_scaling=decoder_spatio_temporal_scaling,
-            spatio_only=decoder_spatio_only,
-            is_dw_conv=decoder_is_dw_conv,
-            dw_kernel_size=decoder_dw_kernel_size,
-            resnet_norm_eps=resnet_norm_eps,
-            use_unpatchify=use_unpatchify,
-        )
+        self.decoder = MagiHumanTurboDecoder3d(self.config)
         scalings = list(zip(decoder_spatio_temporal_scaling, decoder_spatio_only, strict=True))
         self.spatial_compression_ratio = PATCH_SIZE * 2 ** sum(upsample for upsample, _ in scalings)
         self.temporal_compression_ratio = 2 ** sum(upsample and not only for upsample, only in scalings)
-        self.first_chunk_size = first_chunk_size
-        self.step_size = step_size
-        self.use_slicing = False
-        self.use_tiling = False
-        # Eight tiles of 1088x1920.
-        self.tile_sample_min_height = 544
-        self.tile_sample_min_width = 480
+        self.first_chunk_size, self.step_size = first_chunk_size, step_size
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_height, self.tile_sample_min_width = 544, 480  # eight tiles of 1088x1920
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -423,18 +360,12 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
     ) -> None:
         """
-        Decode in tiles, to save memory with large videos.
+        Decode in tiles, to save memory with large videos; the arguments are a tile's height and width in pixels, at
+        most, 544 and 480 unless set before. `ValueError` for what is no multiple of `spatial_compression_ratio`.
 
         Only the end of the decoder, whose feature maps are large, runs on tiles; each has a margin as wide as its
         convolutions see, which is cut off again. So the tiles meet without seams or blending: the result differs from
         an untiled one by rounding alone. The margin costs time, the more the smaller the tiles.
-
-        Args:
-            tile_sample_min_height (`int`, *optional*, defaults to 544): Height of a tile in pixels, at most.
-            tile_sample_min_width (`int`, *optional*, defaults to 480): Width of a tile in pixels, at most.
-
-        Raises:
-            ValueError: For a size that is no positive multiple of `spatial_compression_ratio`.
         """
         multiple = self.spatial_compression_ratio
         sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
@@ -450,72 +381,48 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         # The encoder changes both in place. The hooks of offloading would replace plain lists by copies.
         feat_cache = UserList([None] * num_convs)
-        hidden_states = [self.encoder(x[:, :, :1], feat_cache=feat_cache, feat_idx=UserList([0]))]
-        for chunk in range(1, x.shape[2], self.temporal_compression_ratio):
-            frames = x[:, :, chunk : chunk + self.temporal_compression_ratio]
-            hidden_states.append(self.encoder(frames, feat_cache=feat_cache, feat_idx=UserList([0])))
-        return self.quant_conv(torch.cat(hidden_states, dim=2))
+        ratio = self.temporal_compression_ratio
+        chunks = x.split([1] + [ratio] * (x.shape[2] // ratio), dim=2)
+        encoded = [self.encoder(chunk, feat_cache=feat_cache, feat_idx=UserList([0])) for chunk in chunks]
+        return self.quant_conv(torch.cat(encoded, dim=2))
 
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
-        Encode videos, exactly as the Wan 2.2 VAE does.
+        Encode videos, exactly as the Wan 2.2 VAE does, to the distribution of their latents, not normalised, of shape
+        `(batch_size, latent_channels, k + 1, height / 16, width / 16)`.
 
         Args:
-            x (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`):
-                Videos in [-1, 1]; height and width are multiples of 16. An image is a video of one frame.
+            x (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`): Videos in [-1, 1];
+                height and width are multiples of 16. An image is a video of one frame; `ValueError` for other numbers.
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` instead of a tuple.
-
-        Returns:
-            `AutoencoderKLOutput` or `tuple`:
-                The distribution of the latents `(batch_size, latent_channels, k + 1, height / 16, width / 16)`, which
-                are not normalised.
-
-        Raises:
-            ValueError: If the model has no encoder, or for another number of frames.
         """
         if self.encoder is None:
-            raise ValueError(
-                "This model has no encoder (`encoder_base_dim=None`). Take that of an AutoencoderKLWan along, by "
-                "`load_original_turbo_vae(encoder=...)`."
-            )
-        if x.shape[2] % self.temporal_compression_ratio != 1:
-            raise ValueError(
-                f"`x` must have {self.temporal_compression_ratio} * k + 1 frames, but has shape {tuple(x.shape)}."
-            )
-        if self.use_slicing and x.shape[0] > 1:
-            moments = torch.cat([self._encode(x_slice) for x_slice in x.split(1)])
-        else:
-            moments = self._encode(x)
-        posterior = DiagonalGaussianDistribution(moments)
-
-        if not return_dict:
-            return (posterior,)
-        return AutoencoderKLOutput(latent_dist=posterior)
+            raise ValueError("This model has no encoder: load one along, `load_original_turbo_vae(encoder=...)`.")
+        ratio = self.temporal_compression_ratio
+        if x.shape[2] % ratio != 1:
+            raise ValueError(f"`x` must have {ratio} * k + 1 frames, but has shape {tuple(x.shape)}.")
+        samples = x.split(1) if self.use_slicing else [x]
+        posterior = DiagonalGaussianDistribution(torch.cat([self._encode(sample) for sample in samples]))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode_windows(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         """
-        Decode one window of latent frames after the other, so that only one of them is in memory at a time.
+        Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts of
+        what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
 
         Each window but the outermost sees one latent frame more on either side, whose frames are cut off again. The
         last latent frame is repeated until the last window is full.
-
-        Args:
-            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`):
-                Latents, see [`~AutoencoderKLMagiHumanTurbo.decode`].
-
-        Returns:
-            `Iterator[torch.Tensor]`: Parts of what `decode` gives, to be joined along the frames (dimension 2).
         """
         num_missing = self.first_chunk_size - z.shape[2]
         num_padding = num_missing if num_missing > 0 else num_missing % self.step_size
         z = torch.cat([z, z[:, :, -1:].expand(-1, -1, num_padding, -1, -1)], dim=2)
 
-        tile_size = (self.tile_sample_min_height, self.tile_sample_min_width)
-        tiling = {"tile_size": tile_size} if self.use_tiling else {}
+        tiling = {"tile_size": (self.tile_sample_min_height, self.tile_sample_min_width)} if self.use_tiling else {}
+        ratio = self.temporal_compression_ratio
         ends = range(self.first_chunk_size, z.shape[2] + 1, self.step_size)
         for start, end in zip([0, *ends], ends, strict=False):
             is_first, is_last = start == 0, end == z.shape[2]
@@ -524,28 +431,21 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
             samples = window.split(1) if self.use_slicing else [window]
             frames = torch.cat([self.decoder(sample, is_first_chunk=is_first, **tiling) for sample in samples])
             num_cut = num_padding if is_last else num_after
-            stop = frames.shape[2] - num_cut * self.temporal_compression_ratio
-            yield frames[:, :, num_before * self.temporal_compression_ratio : stop]
+            yield frames[:, :, num_before * ratio : frames.shape[2] - num_cut * ratio]
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """
-        Decode latents, in tiles after [`~AutoencoderKLMagiHumanTurbo.enable_tiling`].
+        Decode latents, in tiles after [`~AutoencoderKLMagiHumanTurbo.enable_tiling`], to videos `(batch_size,
+        out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but not clamped.
 
         Args:
-            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`):
-                Latents, not normalised: `z * latents_std + latents_mean` of what a transformer gives.
+            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`): Latents, not
+                normalised: `z * latents_std + latents_mean` of what a transformer gives.
             return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` instead of a tuple.
-
-        Returns:
-            `DecoderOutput` or `tuple`: Videos `(batch_size, out_channels, 4 * num_frames - 3, 16 * height,
-            16 * width)`, about in [-1, 1] but not clamped.
         """
         decoded = torch.cat(list(self.decode_windows(z)), dim=2)
-
-        if not return_dict:
-            return (decoded,)
-        return DecoderOutput(sample=decoded)
+        return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 
     def forward(
         self,

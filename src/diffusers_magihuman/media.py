@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Audio and video in and out: mp4 files, audio files, images, resampling.
 
-Frames are encoded one by one, so that a video that is streamed never lies in memory as a whole; audio and picture of
-an mp4 end together; the same input gives the same bytes; a file gets its name only when it is complete.
+Frames are encoded one by one, so a video that is streamed never lies in memory as a whole; audio and picture of an mp4
+end together; the same input gives the same bytes; a file gets its name only when it is complete.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -26,34 +25,32 @@ import torch
 from diffusers.utils import load_image
 
 
-ImageInput = str | os.PathLike[str] | PIL.Image.Image | np.ndarray | torch.Tensor
-VideoInput = str | os.PathLike[str] | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
-AudioInput = str | os.PathLike[str] | tuple[np.ndarray | torch.Tensor, int]
+Array = np.ndarray | torch.Tensor
+ImageInput = str | os.PathLike[str] | PIL.Image.Image | Array
+VideoInput = str | os.PathLike[str] | Array | list[PIL.Image.Image | Array]
+AudioInput = str | os.PathLike[str] | tuple[Array, int]
 
 AAC_SAMPLING_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
 # BT.709, and tagged as such: players guess the colours of an untagged file, differently by its size.
 _BT709 = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
-_H264 = ["-vf", _BT709, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "medium", "-crf", "18"]
+_H264 = f"-vf {_BT709} -c:v libx264 -pix_fmt yuv420p -preset medium -crf 18"
 # A fixed number of threads, because x264's bytes depend on it; no date and no version.
-_BITEXACT = ["-threads", "8", "-map_metadata", "-1", "-fflags", "+bitexact", "-flags", "+bitexact"]
-_MP4 = [*_BITEXACT, "-movflags", "+faststart"]
+_MP4 = "-threads 8 -map_metadata -1 -fflags +bitexact -flags +bitexact -movflags +faststart"
 # Without noise substitution, which draws other noise for each channel, so that mono stays mono.
-_AAC = ["-c:a", "aac", "-b:a", "192k", "-aac_pns", "0"]
+_AAC = "-c:a aac -b:a 192k -aac_pns 0"
 
 
 def export_to_mp4(
-    frames: Iterable[np.ndarray | torch.Tensor | PIL.Image.Image],
+    frames: Iterable[Array | PIL.Image.Image],
     path: str | os.PathLike[str],
-    audio: np.ndarray | torch.Tensor | None = None,
+    audio: Array | None = None,
     fps: float | Fraction = 25,
     sampling_rate: int = 44100,
 ) -> str:
     """
-    Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`.
-
-    The audio is cut, or padded with silence, to `num_frames / fps` seconds. Nothing is rescaled. An existing file is
-    replaced only once the new one is complete; a failure leaves it as it was.
+    Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`. The audio is cut, or padded with
+    silence, to `num_frames / fps` seconds. A failure leaves a file of this name as it was.
 
     Args:
         frames: Any iterable of frames of one even height and width, consumed one at a time: arrays
@@ -61,8 +58,7 @@ def export_to_mp4(
             [0, 1]. Floats are clamped, multiplied by 255 and truncated.
         path: Destination, ending in `.mp4`, in a directory that exists.
         audio: Floats in [-1, 1], `(num_samples,)` or `(channels, num_samples)`, of one or two channels.
-        fps: Frames per second.
-        sampling_rate: Samples per second of `audio` and of the file, one of `AAC_SAMPLING_RATES`.
+        fps, sampling_rate: Frames, and samples of `audio`, in a second; of these one of `AAC_SAMPLING_RATES`.
 
     Raises:
         ValueError: If an argument is none of the above, `frames` is empty, or a frame or the audio holds NaN.
@@ -76,16 +72,29 @@ def export_to_mp4(
         if sampling_rate not in AAC_SAMPLING_RATES:
             raise ValueError(f"`sampling_rate` is {sampling_rate}, AAC allows one of {AAC_SAMPLING_RATES}.")
     frame_rate = Fraction(fps).limit_denominator()
+    rgb_frames = (_to_rgb(frame, f"frames[{index}]") for index, frame in enumerate(frames))
+    first = next(rgb_frames, None)
+    if first is None:
+        raise ValueError("`frames` is empty, at least one frame is needed.")
+    height, width, _ = first.shape
+
+    def chunks() -> Iterator[bytes]:
+        for index, frame in enumerate(itertools.chain([first], rgb_frames)):
+            if frame.shape != first.shape or height % 2 or width % 2:
+                raise ValueError(f"`frames[{index}]` has shape {frame.shape}, sizes must be even and stay the same.")
+            yield frame.tobytes()
+
     with tempfile.TemporaryDirectory(prefix=".export_to_mp4-", dir=target.parent) as folder:
         result = os.path.join(folder, "video.mp4")
-        num_frames = _encode_video(frames, frame_rate, result)
+        options = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {frame_rate} -i - {_H264} {_MP4}"
+        num_frames = _run_ffmpeg([*options.split(), result], chunks())
         if audio is not None:
             num_samples = round(num_frames * sampling_rate / frame_rate)
             stereo = np.zeros((num_samples, 2), dtype="<f4")
             stereo[: audio.shape[1]] = audio.T[:num_samples]
             silent, result = result, os.path.join(folder, "video_with_audio.mp4")
-            source = f"-f f32le -ar {sampling_rate} -ac 2 -i - -map 0:v -map 1:a -c:v copy".split()
-            _run_ffmpeg(["-i", silent, *source, *_AAC, *_MP4, result], [stereo.tobytes()])
+            options = f"-f f32le -ar {sampling_rate} -ac 2 -i - -map 0:v -map 1:a -c:v copy {_AAC} {_MP4}"
+            _run_ffmpeg(["-i", silent, *options.split(), result], [stereo.tobytes()])
         os.replace(result, target)
     return str(path)
 
@@ -100,46 +109,23 @@ def check_mp4_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _encode_video(frames: Iterable, frame_rate: Fraction, path: str) -> int:
-    """Writes `frames`, all of the even size of the first, to a silent mp4 and returns their number."""
-    rgb_frames = (_to_rgb(frame, f"frames[{index}]") for index, frame in enumerate(frames))
-    first = next(rgb_frames, None)
-    if first is None:
-        raise ValueError("`frames` is empty, at least one frame is needed.")
-    height, width, _ = first.shape
-
-    def chunks() -> Iterator[bytes]:
-        for index, frame in enumerate(itertools.chain([first], rgb_frames)):
-            if frame.shape != first.shape or height % 2 or width % 2:
-                raise ValueError(f"`frames[{index}]` has shape {frame.shape}, sizes must be even and stay the same.")
-            yield frame.tobytes()
-
-    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {frame_rate} -i -".split()
-    return _run_ffmpeg([*source, *_H264, *_MP4, path], chunks())
-
-
 def load_images(image: ImageInput | list[ImageInput]) -> list[PIL.Image.Image]:
     """
-    Reads one image or several as RGB; ValueError for what is none, OSError for a file that is none.
-
-    An image is a path or URL, a PIL image, an array `(height, width, 3)`, float in [0, 1] or uint8, or a float tensor
-    `(3, height, width)` in [0, 1]; a list of these, or an array or tensor with a leading axis, is several.
+    Reads one image or several, a list or an array with a leading axis, as RGB: a path or URL, a PIL image, an array
+    `(height, width, 3)`, float in [0, 1] or uint8, or a float tensor `(3, height, width)` in [0, 1]. ValueError for
+    what is none, OSError for a file that is none.
     """
-    if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4:
-        image = list(image)
-    images = image if isinstance(image, list) else [image]
-    if not images:
+    is_several = isinstance(image, list) or (isinstance(image, Array) and image.ndim == 4)
+    if is_several and not len(image):
         raise ValueError("`image` is an empty list, it must have at least one image.")
-    return [_load_image(item) for item in images]
+    return [_load_image(item) for item in (image if is_several else [image])]
 
 
 def _load_image(image: ImageInput) -> PIL.Image.Image:
-    if isinstance(image, np.ndarray | torch.Tensor):
+    if isinstance(image, Array):
         return PIL.Image.fromarray(_to_rgb(image, "image"))
     if not isinstance(image, str | os.PathLike | PIL.Image.Image):
-        raise ValueError(
-            f"`image` is a {type(image).__name__}, allowed are a path, a PIL image, an array or a tensor."
-        )
+        raise ValueError(f"`image` is a {type(image).__name__}, allowed are a path, PIL image, array or tensor.")
     try:
         return load_image(image if isinstance(image, PIL.Image.Image) else os.fspath(image))
     except (OSError, ValueError) as error:
@@ -148,21 +134,15 @@ def _load_image(image: ImageInput) -> PIL.Image.Image:
 
 def load_videos(video: VideoInput | list[VideoInput], frame_rate: int) -> list[torch.Tensor]:
     """
-    Reads one video or several as float32 `(num_frames, 3, height, width)` in [0, 1].
-
-    A video is a path of a file of `frame_rate`; an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8; a
-    float tensor `(num_frames, 3, height, width)` in [0, 1]; or a list of frames, PIL images, arrays or tensors. A list
-    of these, or an array or tensor with a leading axis, is several. Raises ValueError for what is none of these, empty
-    or of frames that differ in size, and what [`read_video`] does.
+    Reads one video or several, a list or an array with a leading axis, as float32 `(num_frames, 3, height, width)` in
+    [0, 1]: a path of a file of `frame_rate`, an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8, a
+    float tensor `(num_frames, 3, height, width)` in [0, 1], or a list of frames. Raises what [`read_video`] does, and
+    ValueError for what is no video.
     """
-    if isinstance(video, np.ndarray | torch.Tensor) and video.ndim == 5:
-        video = list(video)
-    is_several = isinstance(video, list) and video and (isinstance(video[0], str | os.PathLike) or _is_video(video[0]))
+    first = video[0] if isinstance(video, list) and video else None
+    is_batch = isinstance(video, Array) and video.ndim == 5
+    is_several = is_batch or isinstance(first, str | os.PathLike | list) or np.ndim(first) == 4
     return [_load_video(item, frame_rate) for item in (video if is_several else [video])]
-
-
-def _is_video(video: Any) -> bool:
-    return isinstance(video, list) or (isinstance(video, np.ndarray | torch.Tensor) and video.ndim == 4)
 
 
 def _load_video(video: VideoInput, frame_rate: int) -> torch.Tensor:
@@ -170,11 +150,10 @@ def _load_video(video: VideoInput, frame_rate: int) -> torch.Tensor:
         video, rate = read_video(video)
         if rate != frame_rate:
             raise ValueError(f"`video` has {rate:g} frames a second, it must have {frame_rate}.")
-    if not _is_video(video) or not len(video):
-        shape = "" if isinstance(video, list) else f" of shape {tuple(np.shape(video))}"
+    if not (isinstance(video, list) or np.ndim(video) == 4) or not len(video):
         raise ValueError(
-            f"`video` is a {type(video).__name__}{shape}, allowed are a path, an array (num_frames, height, width, 3),"
-            " a tensor (num_frames, 3, height, width), or a list of frames."
+            f"`video` is a {type(video).__name__} of shape {tuple(np.shape(video))}, allowed are a path, an array"
+            " (num_frames, height, width, 3), a tensor (num_frames, 3, height, width), or a list of frames."
         )
     frames = [_to_frame(frame, f"video[{index}]") for index, frame in enumerate(video)]
     if len(sizes := {frame.shape for frame in frames}) > 1:
@@ -184,10 +163,8 @@ def _load_video(video: VideoInput, frame_rate: int) -> torch.Tensor:
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
-    """
-    Reads a video file: uint8 frames `(num_frames, height, width, 3)` and how many there are in a second. Raises
-    OSError for a file that is missing, holds no readable video or is damaged.
-    """
+    """Reads a video file: uint8 frames `(num_frames, height, width, 3)` and how many there are in a second; OSError
+    for a file that is missing, holds no readable video or is damaged."""
     with _decoded("video", path, "-map", "0:v:0", "-pix_fmt", "rgb24", "-f", "rawvideo") as file:
         meta = next(imageio_ffmpeg.read_frames(os.path.abspath(path)))
         width, height = meta["size"]
@@ -211,33 +188,25 @@ def crop_to_aspect(image: PIL.Image.Image, height: int, width: int) -> PIL.Image
     return image.crop((left, top, left + box_width, top + box_height))
 
 
-def load_audio(audio: AudioInput | np.ndarray | torch.Tensor, sampling_rate: int) -> torch.Tensor:
+def load_audio(audio: AudioInput | Array, sampling_rate: int) -> torch.Tensor:
     """
-    Reads audio as stereo at a given rate, float32 `(2, num_samples)`.
+    Reads audio as stereo of `sampling_rate` samples a second, float32 `(2, num_samples)`.
 
-    Mono is duplicated, stereo kept, and more channels are averaged to mono. Another rate is converted by polyphase
-    filtering (`scipy.signal.resample_poly`) to `ceil(num_samples * sampling_rate / rate)` samples.
-
-    Args:
-        audio: Path, see [`read_audio`], or `(waveform, rate)` with a waveform `(num_samples,)` or
-            `(channels, num_samples)` that is float in about [-1, 1] or int16. Alone it is at `sampling_rate` already.
-        sampling_rate: Samples per second of the result.
-
-    Raises:
-        ValueError: If an argument is none of the above, or the audio is empty or not finite.
-        OSError: What [`read_audio`] raises.
+    `audio` is a path, see [`read_audio`], or `(waveform, rate)`, or a waveform that has the right rate already. A
+    waveform is `(num_samples,)` or `(channels, num_samples)`, float in about [-1, 1] or int16. Mono is duplicated, and
+    more channels than two are averaged. Another rate is converted by polyphase filtering
+    (`scipy.signal.resample_poly`) to `ceil(num_samples * sampling_rate / rate)` samples. Raises what [`read_audio`]
+    does, and ValueError for what is none of these, empty or not finite.
     """
     if isinstance(audio, str | os.PathLike):
         audio = read_audio(audio)
-    elif isinstance(audio, np.ndarray | torch.Tensor):
+    elif isinstance(audio, Array):
         audio = audio, sampling_rate
     if not isinstance(audio, tuple) or len(audio) != 2:
         raise ValueError(f"`audio` is a {type(audio).__name__}, allowed are a path or a tuple (waveform, rate).")
     samples, rate = _to_numpy(audio[0]), audio[1]
     if not all(isinstance(value, Integral) and value > 0 for value in (rate, sampling_rate)):
-        raise ValueError(
-            f"The rate of `audio`, {rate!r}, and `sampling_rate`, {sampling_rate!r}, must be integers > 0."
-        )
+        raise ValueError(f"The rate of `audio`={rate!r} and `sampling_rate`={sampling_rate!r} must be integers > 0.")
     samples = _to_channels(samples / 32768 if samples.dtype == np.int16 else samples)
     if len(samples) > 2:
         samples = samples.mean(axis=0, keepdims=True)
@@ -246,10 +215,8 @@ def load_audio(audio: AudioInput | np.ndarray | torch.Tensor, sampling_rate: int
 
 
 def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
-    """
-    Reads an audio file, or the first audio stream of a video file: float32 `(channels, num_samples)` and their rate.
-    Raises ValueError for audio that is empty or not finite, OSError for a file that is missing, damaged or has none.
-    """
+    """Reads an audio file, or a video's first audio: float32 `(channels, num_samples)` and their rate. OSError for a
+    file that is missing, damaged or has none, ValueError for audio that is empty or not finite."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError):  # AAC and video files, among others; TypeError: a name in .raw
@@ -264,7 +231,7 @@ def resample_audio(audio: torch.Tensor, num_samples: int) -> torch.Tensor:
     return torch.from_numpy(resampled).to(audio.device)
 
 
-def _to_numpy(data: np.ndarray | torch.Tensor | PIL.Image.Image) -> np.ndarray:
+def _to_numpy(data: Array | PIL.Image.Image) -> np.ndarray:
     """Copies a tensor from its device, floats as float32 (numpy has no bfloat16)."""
     if isinstance(data, torch.Tensor):
         data = data.detach().cpu()
@@ -272,7 +239,7 @@ def _to_numpy(data: np.ndarray | torch.Tensor | PIL.Image.Image) -> np.ndarray:
     return np.asarray(data)
 
 
-def _to_frame(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> np.ndarray:
+def _to_frame(frame: Array | PIL.Image.Image, name: str) -> np.ndarray:
     """Checks one frame and returns it as `(height, width, 3)`, uint8 or float32 in [0, 1]."""
     is_tensor = isinstance(frame, torch.Tensor)
     array = _to_numpy(frame)
@@ -288,19 +255,19 @@ def _to_frame(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> 
     return array.clip(0, 1).astype(np.float32) if is_float else array
 
 
-def _to_rgb(frame: np.ndarray | torch.Tensor | PIL.Image.Image, name: str) -> np.ndarray:
+def _to_rgb(frame: Array | PIL.Image.Image, name: str) -> np.ndarray:
     frame = _to_frame(frame, name)
     return frame if frame.dtype == np.uint8 else (frame * 255).astype(np.uint8)
 
 
-def _to_channels(audio: np.ndarray | torch.Tensor, max_channels: float = math.inf) -> np.ndarray:
+def _to_channels(audio: Array, max_channels: float = math.inf) -> np.ndarray:
     """Checks `audio` and returns a float32 copy `(channels, num_samples)`."""
     array = _to_numpy(audio)
     fits = array.ndim == 1 or (array.ndim == 2 and len(array) <= min(max_channels, array.shape[1]))
     if not fits or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(
-            f"`audio` has shape {array.shape} and dtype {array.dtype}, allowed are finite floats in [-1, 1] of shape"
-            " (num_samples,) or (channels, num_samples), of no more channels than samples, in an mp4 one or two."
+            f"`audio` has shape {array.shape} and dtype {array.dtype}, allowed are finite floats (num_samples,) or"
+            " (channels, num_samples), of no more channels than samples, in an mp4 one or two."
         )
     return np.atleast_2d(array.astype(np.float32))
 
@@ -327,15 +294,11 @@ def _run_ffmpeg(arguments: list[str], chunks: Iterable[bytes] = ()) -> int:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            for chunk in chunks:
+            for num_chunks, chunk in enumerate(chunks, 1):  # noqa: B007
                 try:
                     process.stdin.write(chunk)
                 except BrokenPipeError:  # ffmpeg has stopped and its log says why
                     break
-                num_chunks += 1
-        except BaseException:
-            process.kill()
-            raise
         finally:
             process.communicate()  # closes the input and waits
         if process.returncode:

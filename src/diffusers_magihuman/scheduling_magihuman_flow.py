@@ -13,11 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 class MagiHumanFlowScheduler(UniPCMultistepScheduler):
     r"""
-    Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986).
-
-    The noise levels fall linearly from `1 - 1 / num_train_timesteps` towards 0 and are then shifted,
-    `sigma = flow_shift * sigma / (1 + (flow_shift - 1) * sigma)`. Before `set_timesteps` is called the grid has
-    `num_train_timesteps` levels, for training with `add_noise`.
+    Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): levels that
+    fall linearly from `1 - 1 / num_train_timesteps` towards 0, shifted to `sigma = flow_shift * sigma / (1 +
+    (flow_shift - 1) * sigma)`. Before `set_timesteps` it has `num_train_timesteps` levels, for training.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): Timestep of pure noise.
@@ -35,13 +33,8 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
     ) -> None:
         if sampler not in ("unipc", "renoise"):
             raise ValueError(f"`sampler`={sampler!r} must be 'unipc' or 'renoise'.")
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=flow_shift,
-            solver_order=solver_order,
-        )
+        grid = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": flow_shift}
+        super().__init__(num_train_timesteps=num_train_timesteps, solver_order=solver_order, **grid)
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
 
@@ -58,24 +51,16 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         device: str | torch.device | None = None,
         sigmas: list[float] | np.ndarray | None = None,
     ) -> None:
-        """
-        Sets the noise levels of a run.
-
-        Args:
-            num_inference_steps (`int`, *optional*): Number of steps, at least 1; not needed with `sigmas`.
-            device (`str` or `torch.device`, *optional*): Where the timesteps go; the noise levels stay on the CPU.
-            sigmas (`list[float]` or `np.ndarray`, *optional*): Falling noise levels in (0, 1] before the shift.
-
-        Raises:
-            `ValueError`: `num_inference_steps` below 1, or noise levels that do not fall or lie outside of (0, 1].
-        """
+        """Sets the noise levels of a run: those of `num_inference_steps`, 1 or more, or else `sigmas`, levels before
+        the shift that fall from at most 1 and stay above 0; `ValueError` for others. The timesteps go to `device`, the
+        levels stay on the CPU."""
         if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"`num_inference_steps`={num_inference_steps} must be 1 or more.")
             sigma_max = float(np.float32(1 - 1 / self.config.num_train_timesteps))
             sigmas = np.linspace(sigma_max, 0.0, num_inference_steps + 1)[:-1]
         sigmas = np.array(sigmas, dtype=np.float64)
-        if sigmas.size == 0 or sigmas[0] > 1 or sigmas[-1] <= 0 or (np.diff(sigmas) >= 0).any():
+        if not (sigmas.size and sigmas[0] <= 1 and sigmas[-1] > 0 and (np.diff(sigmas) < 0).all()):
             raise ValueError(f"`sigmas`={sigmas.tolist()} must fall from at most 1 and stay above 0.")
         super().set_timesteps(device=device, sigmas=sigmas)
 
@@ -89,18 +74,14 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
         """
-        Goes from one noise level to the next.
+        Goes from one noise level to the next; `ValueError` before `set_timesteps`.
 
         Args:
-            model_output (`torch.Tensor`): Velocity, of the shape of `sample`.
+            model_output, sample (`torch.Tensor`): Velocity, and sample at the current noise level, of one shape.
             timestep (`int` or `torch.Tensor`): The current timestep; only the first call of a run looks it up.
-            sample (`torch.Tensor`): Sample at the current noise level.
             generator (`torch.Generator` or a list of them, *optional*): Draws the noise of the `"renoise"` sampler.
             variance_noise (`torch.Tensor`, *optional*): That noise itself, of the shape of `sample`.
             return_dict (`bool`, defaults to `True`): Whether to return a `SchedulerOutput` instead of a tuple.
-
-        Raises:
-            `ValueError`: `set_timesteps` was not called.
         """
         if self.config.sampler == "unipc":
             return super().step(model_output, timestep, sample, return_dict=return_dict)
@@ -109,22 +90,18 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
-        denoised = sample - sigma * model_output
         if variance_noise is None:
             # The last step's counts for nothing, but is drawn: a seed gives the original's sequence of draws.
             variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        prev_sample = sigma_next * variance_noise + (1 - sigma_next) * denoised
+        prev_sample = sigma_next * variance_noise + (1 - sigma_next) * (sample - sigma * model_output)
         self._step_index += 1
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """
-        Mixes samples with noise, `(1 - sigma) * sample + sigma * noise`, as Diffusers' other flow schedulers do.
-
-        `timestep` of shape `(batch_size,)` is out of `timesteps`; noise of the shape of `sample` is drawn if left out.
-        """
+        """Mixes samples with noise (drawn if left out), `(1 - sigma) * sample + sigma * noise`, as Diffusers' other
+        flow schedulers do; `timestep` of shape `(batch_size,)` is out of `timesteps`."""
         if noise is None:
             noise = randn_tensor(sample.shape, device=sample.device, dtype=sample.dtype)
         return self.add_noise(sample, noise, timestep)

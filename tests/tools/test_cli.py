@@ -10,6 +10,7 @@ from helpers import PROMPT, peak_frequency, read_frames, read_header, read_sound
 
 from diffusers_magihuman import export_to_mp4
 from diffusers_magihuman.tools.cli import main
+from diffusers_magihuman.tools.hub import make_model_card
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +182,15 @@ def test_what_the_pipeline_refuses_is_one_line_and_status_2(arguments, name, tin
     assert main(["generate", "--model", str(tiny_pipeline_dir), "-o", str(output), "--device", "cpu", *arguments]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"magihuman: error: `{name}`=") and not output.exists()
+
+
+def test_card_is_printed_or_written(capsys, tmp_path):
+    assert main(["card", "distill"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == make_model_card("distill") and '"owner/magihuman-distill"' in printed
+    assert main(["card", "distill", "-o", str(tmp_path / "README.md")]) == 0
+    assert (tmp_path / "README.md").read_text() == printed and not capsys.readouterr().out
+    mine = make_model_card("distill", "someone/mine")
+    assert '"someone/mine"' in mine and "owner/" not in mine
+    with pytest.raises(SystemExit, match="2"):
+        main(["card", "large"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal, generate, round_to_float8
-from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_transformer
+from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.tools.cli import main
@@ -22,11 +22,9 @@ from diffusers_magihuman.tools.plan import (
     format_plan,
     make_stages,
     measure_memory,
-    one_block_of_each_kind,
     plan_call,
     plan_pipeline,
     published_pipeline,
-    set_lean,
     weights_on_gpu,
 )
 
@@ -80,33 +78,33 @@ def test_attention_has_no_scores(has_mask, device):
     assert peak == query.nbytes + 4 * 4 * 2048  # the output, and a log of sums for each query
 
 
-@pytest.mark.parametrize("chunk_size", [None, 5])
-def test_one_block_of_each_kind_needs_what_all_do(chunk_size):
+def test_one_block_of_each_kind_needs_what_all_do(tiny_pipeline_dir):
     layers = {"num_layers": 8, "modality_layers": (0, 1, 6, 7), "gelu_layers": (0, 1)}
     layers |= {"local_attention_layers": (1, 2, 4, 5, 7), "local_attention_frames": 1}
+    pipe = configured_pipeline(str(tiny_pipeline_dir), torch.float32)
     with torch.device("meta"):
-        model = MagiHumanTransformer3DModel.from_config(make_transformer().config, **layers)
-        inputs = torch.zeros(1, 8, 4, 2, 4), torch.zeros(1, 9, 8), torch.zeros(1, 3, 16)
-    if chunk_size is not None:
-        model.enable_forward_chunking(chunk_size)
-    expected = measure_memory(lambda: model(*inputs), model)
-    with one_block_of_each_kind(model):
-        assert len(model.transformer_blocks) == 6
-        assert measure_memory(lambda: model(*inputs), model) == expected
-    assert len(model.transformer_blocks) == 8
+        transformer = MagiHumanTransformer3DModel.from_config(pipe.transformer.config, **layers)
+    pipe.register_modules(transformer=transformer, text_encoder=None, vae=None, audio_vae=None)
+    lengths = []
+    transformer.rope.register_forward_hook(lambda *_: lengths.append(len(transformer.transformer_blocks)))
+    (stage,) = plan_pipeline("tiny", pipe, *SIZE).stages
+    assert set(lengths) == {6} and len(transformer.transformer_blocks) == 8
+    peak, _ = measure_memory(stage.run, transformer)
+    assert lengths[-1] == 8 and stage.peaks[True, True] == peak
 
 
 # The plan
 
 
 def assert_stages_need(pipe, plan):
-    stages = make_stages(pipe, plan.height, plan.width, plan.num_frames)
+    stages = make_stages(pipe, *plan.size)
     assert [stage.name for stage in stages] == [stage.name for stage in plan.stages]
     assert len(stages) == 6
     for float8, lean in itertools.product((False, True), repeat=2):
         if float8 and not lean:
             pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-        set_lean(pipe, lean)
+        pipe.transformer.enable_forward_chunking() if lean else pipe.transformer.disable_forward_chunking()
+        pipe.vae.use_tiling = lean
         left = 0
         for stage, planned in zip(stages, plan.stages, strict=True):
             measured, kept = measure_memory(stage.run, getattr(pipe, stage.component))
@@ -145,9 +143,7 @@ def test_weights_are_counted_by_dtype(tiny_plan, tiny_pipeline):
     }
     assert tiny_plan.weights == expected
     held = sum(size(getattr(tiny_pipeline, name)) for name in models)
-    whole = tiny_plan.choices[0]
-    (peak,) = (stage.peaks[False, False] for stage in tiny_plan.stages if stage.name == whole.stage)
-    assert whole.peak == held + peak == held + max(stage.peaks[False, False] for stage in tiny_plan.stages)
+    assert tiny_plan.needs[SETTINGS[0]] == {stage.name: held + stage.peaks[False, False] for stage in tiny_plan.stages}
 
 
 def test_group_offloading_holds_the_groups_that_stay_and_those_in_flight(tiny_pipeline_dir):
@@ -191,9 +187,9 @@ def test_model_offload_on_a_gpu_leaves_there_what_is_planned(tiny_pipeline_dir):
 
 
 def test_figures_fall_along_the_settings(tiny_plan):
-    assert [choice.setting for choice in tiny_plan.choices] == list(SETTINGS)
+    assert tuple(tiny_plan.needs) == SETTINGS
     assert [setting.name for setting in SETTINGS[:2]] == ["all on the GPU", f"all on the GPU, {LEAN}"]
-    peaks = {(c.setting.offload, c.setting.float8): c.peak for c in tiny_plan.choices if c.setting.lean}
+    peaks = {(s.offload, s.float8): max(needs.values()) for s, needs in tiny_plan.needs.items() if s.lean}
     for offload in (None, "model", "block_level", "leaf_level"):
         assert peaks[offload, True] <= peaks[offload, False]
     for float8 in (False, True):
@@ -209,7 +205,7 @@ def test_without_autoencoder_lean_is_chunks_alone(tiny_pipeline_dir):
     assert peaks.keys() == {"text", "given audio", "denoising step", "decoding audio"}
     assert peaks["denoising step"][False, True] < 0.75 * peaks["denoising step"][False, False]
     assert peaks["given audio"][False, True] == peaks["given audio"][False, False]
-    calls = format_calls(plan._replace(choices=plan.choices[1:]), 80)
+    calls = format_calls(plan._replace(needs={SETTINGS[1]: plan.needs[SETTINGS[1]]}), 80)
     assert "pipe.transformer.enable_forward_chunking()" in calls and "pipe.vae" not in calls
 
 
@@ -241,10 +237,10 @@ def test_calls_of_a_setting_that_is_not_lean_are_the_others():
 
 def test_the_first_setting_that_fits_is_chosen(tiny_plan):
     needs = [20, 12, 15, 10, *[11] * 4, *[5] * (len(SETTINGS) - 8)]
-    choices = [choice._replace(peak=need * GIB) for choice, need in zip(tiny_plan.choices, needs, strict=True)]
-    plan = tiny_plan._replace(choices=choices)
+    needs = {setting: {"text": need * GIB, "first frame": 1} for setting, need in zip(SETTINGS, needs, strict=True)}
+    plan = tiny_plan._replace(needs=needs)
     for vram, index in ((24, 0), (21, 0), (20.9, 1), (13, 1), (12, 3), (11, 3), (10.9, 8), (6, 8)):
-        assert choose(plan, vram) == choices[index]
+        assert choose(plan, vram) == SETTINGS[index]
         assert format_calls(plan, vram).splitlines()[1:] == list(SETTINGS[index].calls)
     with pytest.raises(ValueError, match=r"needs 6\.0 GiB, 0\.1 more"):
         choose(plan, 5.9)
@@ -292,10 +288,10 @@ def test_full_size_is_the_published_models():
 @pytest.mark.slow
 def test_full_size_with_super_resolution():
     base, upscale = plan_call(height=512, width=896, num_frames=5)
-    assert (base.model, base.height, base.width) == ("owner/magihuman-base", 256, 448)
-    assert (upscale.model, upscale.height, upscale.width) == ("owner/magihuman-sr-540p", 512, 896)
-    assert choose(upscale, 80).setting == SETTINGS[0]
-    assert choose(upscale, 24).setting.offload == "block_level"
+    assert (base.model, base.size) == ("owner/magihuman-base", (256, 448, 5))
+    assert (upscale.model, upscale.size) == ("owner/magihuman-sr-540p", (512, 896, 5))
+    assert choose(upscale, 80) == SETTINGS[0]
+    assert choose(upscale, 24).offload == "block_level"
 
 
 @pytest.mark.parametrize(
@@ -308,8 +304,8 @@ def test_full_size_with_super_resolution():
         (["--vram", "16", "--model", "BASE", "--num-frames", "0"], "`num_frames`=0"),
         (["--vram", "16", "--dtype", "float8"], "--dtype"),
         (["--vram", "16", "--model", "./missing-model"], "missing-model"),
-        (["--vram", "16", "--model", "UPSCALE", "--upscale", "UPSCALE"], "`model` holds a MagiHumanLatentUpscale"),
-        (["--vram", "16", "--model", "BASE", "--upscale", "BASE"], "`upscale` holds a MagiHumanAudioVideo"),
+        (["--vram", "16", "--model", "UPSCALE", "--upscale", "UPSCALE"], "holds a MagiHumanLatentUpscale"),
+        (["--vram", "16", "--model", "BASE", "--upscale", "BASE"], "holds a MagiHumanAudioVideo"),
         (
             ["--vram", "16", "--model", "BASE", "--upscale", "UPSCALE", "--height", "64", "--width", "480"],
             "`height`=64 and `width`=480 must not be less",
@@ -332,7 +328,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 def test_other_pipelines_are_refused(tiny_pipeline, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(ValueError, match="holds a WanPipeline, it must hold one of"):
+    with pytest.raises(ValueError, match="holds a WanPipeline, it must hold a MagiHumanAudioVideo"):
         configured_pipeline(str(tmp_path), torch.float32)
     type(tiny_pipeline)(**tiny_pipeline.components | {"transformer": None}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no transformer"):

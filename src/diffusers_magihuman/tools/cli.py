@@ -15,7 +15,7 @@ from ..autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from ..conversion import VARIANTS
 from ..loading import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VIDEO_VAE
 from ..media import check_mp4_path, export_to_mp4, has_audio, load_images, load_videos, read_audio
-from ..pipeline_base import FRAME_RATE, MagiHumanPipelineOutput
+from ..pipeline_base import FRAME_RATE
 from ..pipeline_magihuman import MagiHumanAudioVideoPipeline
 from ..pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from .convert import convert_checkpoint
@@ -48,45 +48,33 @@ def device(value: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{value!r} is not a device of torch, like 'cuda', 'mps' or 'cpu'") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="magihuman", description="Video of a person speaking, with sound, from a prompt.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (add_generate, add_upscale, add_convert, add_plan, add_card):
-        add_command(commands)
-    return parser
-
-
-def add_generate(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    generate = commands.add_parser("generate", help="write an mp4 of what a prompt describes")
-    add = generate.add_argument
+def add_generate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("prompt", metavar="PROMPT", help="description, `Dialogue:` and `Background Sound:`")
     add("--model", metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub; default: the tiny one in here")
     add("--image", metavar="FILE", help="first frame")
     add("--audio", metavar="FILE", help="sound that drives the video")
-    length = generate.add_mutually_exclusive_group()
+    length = command.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=positive_number, help="length; default: that of --audio, or the model's")
     length.add_argument("--num-frames", type=int, help=f"length in frames, {FRAME_RATE} a second")
-    add_size(generate)
+    add_size(command)
     add("--steps", type=int, help="default: 32, or 8 for a distilled model")
     add("--upscale", metavar="DIR_OR_REPO", help="super-resolution pipeline that the video goes through")
     add("--upscale-height", type=int, help="default: that of the model for --upscale")
     add("--upscale-width", type=int, help="default: that of the model for --upscale")
-    add_run_options(generate)
-    generate.set_defaults(run=run_generate)
+    add_run_options(command)
 
 
-def add_upscale(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    upscale = commands.add_parser("upscale", help="write an mp4 in high resolution")
-    add = upscale.add_argument
+def add_upscale(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("video", metavar="VIDEO", help=f"video in low resolution, {FRAME_RATE} frames a second")
     add("prompt", metavar="PROMPT", help="the prompt of the video")
     add("--model", required=True, metavar="DIR_OR_REPO", help="super-resolution pipeline")
     add("--image", metavar="FILE", help="first frame in high resolution")
     add("--audio", metavar="FILE", help="its sound; default: that of VIDEO, if it has any")
-    add_size(upscale)
+    add_size(command)
     add("--steps", type=int, default=5, help="default: %(default)s")
-    add_run_options(upscale)
-    upscale.set_defaults(run=run_upscale)
+    add_run_options(command)
 
 
 def add_size(command: argparse.ArgumentParser) -> None:
@@ -101,9 +89,8 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on the cpu float32")
 
 
-def add_convert(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    convert = commands.add_parser("convert", help="convert a published checkpoint to a Diffusers repository")
-    add = convert.add_argument
+def add_convert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("source", metavar="SOURCE", help="file, directory, or repository on the Hub, in any layout")
     add("output", metavar="OUTPUT", help="directory to write; must not exist")
     add("--variant", choices=VARIANTS, help="default: guessed from SOURCE")
@@ -117,26 +104,21 @@ def add_convert(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     add("--turbo-vae", default=ORIGINAL, **part)
     add("--audio-vae", default=AUDIO_VAE, **part)
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the directory when it is complete")
-    convert.set_defaults(run=run_convert)
 
 
-def add_plan(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    plan = commands.add_parser("plan", help="say what a video needs of a GPU's memory, and which settings make it fit")
-    add = plan.add_argument
+def add_plan(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--vram", type=positive_number, required=True, metavar="GIB", help="memory of the GPU")
-    add_size(plan)
+    add_size(command)
     add("--num-frames", type=int, help=f"length in frames, {FRAME_RATE} a second")
     add("--model", metavar="DIR_OR_REPO", help="pipeline; default: the published ones for the size")
     add("--upscale", metavar="DIR_OR_REPO", help="super-resolution pipeline that follows --model")
     add("--dtype", choices=DTYPES, default="bfloat16")
-    plan.set_defaults(run=run_plan)
 
 
-def add_card(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    card = commands.add_parser("card", help="write the model card of a published variant")
-    card.add_argument("variant", choices=CARD_VARIANTS)
-    card.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
-    card.set_defaults(run=run_card)
+def add_card(command: argparse.ArgumentParser) -> None:
+    command.add_argument("variant", choices=CARD_VARIANTS)
+    command.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -144,44 +126,30 @@ def run_generate(arguments: argparse.Namespace) -> None:
     check_mp4_path(arguments.output)
     image = None if arguments.image is None else load_images(arguments.image)
     audio = None if arguments.audio is None else read_audio(arguments.audio)
-    num_frames = arguments.num_frames
     if arguments.seconds is not None:
-        num_frames = round(arguments.seconds * FRAME_RATE) + 1
+        arguments.num_frames = round(arguments.seconds * FRAME_RATE) + 1
     if arguments.model is None:
         arguments.model = embedded_model()
-        note = "no --model is given, so the package's tiny one draws heads that say ma, me, mi, mo and mu"
-        print(f"magihuman: {note}", file=sys.stderr)
-    index = check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline)
-    check_upscale(arguments, index)
+        note = "magihuman: no --model is given, so the package's tiny one draws heads that say ma, me, mi, mo and mu"
+        print(note, file=sys.stderr)
+    check_upscale(arguments, check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline))
 
-    pipe = load_pipeline(arguments.model, arguments)
-    generator = make_generator(pipe, arguments.seed)
-    output = pipe(
-        arguments.prompt,
-        image=image,
-        audio=audio,
-        height=arguments.height,
-        width=arguments.width,
-        num_frames=num_frames,
-        num_inference_steps=arguments.steps,
-        generator=generator,
-        output_type="latent" if arguments.upscale is not None else lean_output_type(pipe),
-    )
+    pipe, generator = load_pipeline(arguments.model, arguments)
+    inputs = {
+        "image": image,
+        "audio": audio,
+        "num_frames": arguments.num_frames,
+        "num_inference_steps": arguments.steps,
+    }
+    inputs |= {"height": arguments.height, "width": arguments.width, "generator": generator}
     if arguments.upscale is not None:
+        low = pipe(arguments.prompt, **inputs, output_type="latent")
         shared = {name: part for name, part in pipe.components.items() if name not in ("transformer", "scheduler")}
         del pipe  # makes room for the other transformer
-        pipe = load_pipeline(arguments.upscale, arguments, **shared)
-        output = pipe(
-            arguments.prompt,
-            image=image,
-            latents=output.frames,
-            audio_latents=output.audio,
-            height=arguments.upscale_height,
-            width=arguments.upscale_width,
-            generator=generator,
-            output_type=lean_output_type(pipe),
-        )
-    write_output(output, pipe, arguments.output)
+        pipe, _ = load_pipeline(arguments.upscale, arguments, **shared)
+        inputs = {"image": image, "latents": low.frames, "audio_latents": low.audio, "generator": generator}
+        inputs |= {"height": arguments.upscale_height, "width": arguments.upscale_width}
+    write_video(pipe, arguments, **inputs)
 
 
 def run_upscale(arguments: argparse.Namespace) -> None:
@@ -191,20 +159,10 @@ def run_upscale(arguments: argparse.Namespace) -> None:
     source = arguments.audio or (arguments.video if has_audio(arguments.video) else None)
     audio = None if source is None else read_audio(source)
     check_pipeline("--model", arguments.model, MagiHumanLatentUpscalePipeline)
-
-    pipe = load_pipeline(arguments.model, arguments)
-    output = pipe(
-        arguments.prompt,
-        video=video,
-        image=image,
-        audio=audio,
-        height=arguments.height,
-        width=arguments.width,
-        num_inference_steps=arguments.steps,
-        generator=make_generator(pipe, arguments.seed),
-        output_type=lean_output_type(pipe),
-    )
-    write_output(output, pipe, arguments.output)
+    pipe, generator = load_pipeline(arguments.model, arguments)
+    inputs = {"video": video, "image": image, "audio": audio, "num_inference_steps": arguments.steps}
+    inputs |= {"height": arguments.height, "width": arguments.width, "generator": generator}
+    write_video(pipe, arguments, **inputs)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -267,34 +225,46 @@ def check_upscale(arguments: argparse.Namespace, base: dict[str, Any]) -> None:
             raise ValueError(f"{option} is {target}, it must be a multiple of 32 and not below --{name}, {source}.")
 
 
-def load_pipeline(model: str, arguments: argparse.Namespace, **components: Any) -> DiffusionPipeline:
+def load_pipeline(
+    model: str, arguments: argparse.Namespace, **components: Any
+) -> tuple[DiffusionPipeline, torch.Generator | None]:
     target = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype or ("float32" if target.type == "cpu" else "bfloat16"))
     # Rounding its autoencoder is heard in the sound, and it is small.
     dtype = {"default": dtype, "audio_vae": torch.float32}
-    return DiffusionPipeline.from_pretrained(model, dtype=dtype, **components).to(target)
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **components).to(target)
+    return pipe, None if arguments.seed is None else torch.Generator(pipe.device).manual_seed(arguments.seed)
 
 
-def make_generator(pipe: DiffusionPipeline, seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(pipe.device).manual_seed(seed)
-
-
-def lean_output_type(pipe: DiffusionPipeline) -> str:
-    """Has the light autoencoder decode in tiles and windows, which changes nothing but the memory."""
-    if not isinstance(pipe.vae, AutoencoderKLMagiHumanTurbo):
-        return "np"
-    pipe.vae.enable_tiling()
-    return "stream"
-
-
-def write_output(output: MagiHumanPipelineOutput, pipe: DiffusionPipeline, path: str) -> None:
+def write_video(pipe: DiffusionPipeline, arguments: argparse.Namespace, **inputs: Any) -> None:
+    output_type = "np"
+    if isinstance(pipe.vae, AutoencoderKLMagiHumanTurbo):
+        # The light autoencoder decodes in tiles and windows, which changes nothing but the memory.
+        pipe.vae.enable_tiling()
+        output_type = "stream"
+    output = pipe(arguments.prompt, **inputs, output_type=output_type)
     audio = None if output.audio is None else output.audio[0]
-    print(export_to_mp4(output.frames[0], path, audio=audio, sampling_rate=pipe.audio_sampling_rate))
+    print(export_to_mp4(output.frames[0], arguments.output, audio, sampling_rate=pipe.audio_sampling_rate))
+
+
+COMMANDS = (
+    ("generate", "write an mp4 of what a prompt describes", add_generate, run_generate),
+    ("upscale", "write an mp4 in high resolution", add_upscale, run_upscale),
+    ("convert", "convert a published checkpoint to a Diffusers repository", add_convert, run_convert),
+    ("plan", "say what a video needs of a GPU's memory, and which settings make it fit", add_plan, run_plan),
+    ("card", "write the model card of a published variant", add_card, run_card),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0 if it succeeds, 2 with one line on standard error for bad input."""
-    arguments = make_parser().parse_args(argv)
+    parser = OneLineParser(prog="magihuman", description="Video of a person speaking, with sound, from a prompt.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text, add_arguments, run in COMMANDS:
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        add_arguments(command)
+    arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call needs of a GPU's memory, and which settings make it fit: `magihuman plan`.
 
-Nothing is downloaded but configs, nothing computed: the real classes run on the meta device, where tensors have a
-shape but no data, while the bytes of their storages are counted, so that the figures follow the code. Attention counts
-as flash kernels do it. Blocks of the transformer that are alike need the same, so one of each kind is run.
+Only configs are downloaded: the real classes run on the meta device, where tensors have a shape but no data, while
+the bytes of their storages are counted, so that the figures follow the code.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import diffusers
@@ -22,10 +21,8 @@ from diffusers import AutoencoderOobleck, DiffusionPipeline
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-# What counts and traces in torch itself is built on these two; they have no public name.
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # this and the next have no public name; torch's own
+from torch.utils._pytree import tree_leaves  # counters of operations are built on them
 from transformers import T5GemmaConfig, T5GemmaEncoderModel
 
 from ..autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
@@ -38,54 +35,37 @@ from ..transformer_magihuman import MagiHumanTransformer3DModel
 
 
 GIB = 2**30
-# What CUDA's context, the workspaces of its libraries and the gaps between tensors take besides the tensors.
-RESERVED_GIB = 1.0
-# A video of more pixels than this many times those of the base model's default is planned with super-resolution.
-MAX_BASE_SCALE = 2
-PUBLISHED_LAYERS = 40
-META = torch.device("meta")
-PIPELINES = {each.__name__: each for each in (MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline)}
-
+RESERVED_GIB = 1.0  # CUDA's context, the workspaces of its libraries and the gaps between tensors
+PIPELINES = (MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline)
 # The encoder of google/t5gemma-9b-9b-ul2, which is that of Gemma 2 9B.
-# fmt: off
-T5GEMMA_9B = {
-    "vocab_size": 256000, "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "query_pre_attn_scalar": 256,
-}
-# fmt: on
+T5GEMMA_9B = {"vocab_size": 256000, "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42}
+T5GEMMA_9B |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "query_pre_attn_scalar": 256}
 
 
 class MemoryTracker(TorchDispatchMode):
-    """
-    Counts the bytes of tensor storages, those made in its context and those told to `hold`, on any device: `live` now,
-    and at most, `peak`. Memory that a kernel takes and gives back inside is not seen.
-    """
+    """Counts the bytes of tensor storages, those made in its context and those told to `hold`, on any device: `live`
+    now, and at most, `peak`. Memory that a kernel takes and gives back inside is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._alive: set[int] = set()
+        self.live = self.peak = 0
+        self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
+    def hold(self, outputs: Any) -> None:
         """Counts tensors, each storage once, for as long as they are alive."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            # `data_ptr`, the public address, is 0 for every storage on the meta device.
-            address, num_bytes = storage._cdata, storage.nbytes()
-            if address not in self._alive:
-                self._alive.add(address)
-                weakref.finalize(storage, self._release, address, num_bytes).atexit = False
-                self.live += num_bytes
-        self.peak = max(self.peak, self.live)
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)):
+            if storage not in self._alive:
+                self._alive.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes()).atexit = False
 
-    def _release(self, address: int, num_bytes: int) -> None:
-        self._alive.remove(address)
-        self.live -= num_bytes
+    def _count(self, num_bytes: int) -> None:
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        self.hold(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        self.hold(output)
         return output
 
 
@@ -93,21 +73,25 @@ class FlashAttention(TorchFunctionMode):
     """Has attention on the meta device allocate what flash kernels do; it would make a matrix of scores instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask")
-            inputs = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
-            if inputs["query"].is_meta:
-                # The flash kernel for CPUs is the only one that knows the meta device.
-                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(**inputs)[0]
-        return func(*args, **kwargs)
+        return (self.attend if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any
+    ) -> Tensor:
+        if not query.is_meta:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **rest)
+        # The flash kernel for CPUs is the only one that knows the meta device.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=attn_mask)[0]
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def measure_memory(run: Callable[[], Any], *modules: nn.Module) -> tuple[int, int]:
     """Bytes that `run` needs at most, and that it leaves (as weight norm does), beyond what the modules weigh."""
     with torch.no_grad(), FlashAttention(), MemoryTracker() as tracker:
-        for module in modules:
-            tracker.hold([*module.parameters(), *module.buffers()])
+        tracker.hold([tensors_of(module) for module in modules])
         weights = tracker.live
         run()
         return tracker.peak - weights, tracker.live - weights
@@ -115,60 +99,57 @@ def measure_memory(run: Callable[[], Any], *modules: nn.Module) -> tuple[int, in
 
 def make_meta_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     """A model without data, in the dtypes that `from_pretrained(dtype=...)` gives it."""
-    with META:
+    with torch.device("meta"):
         model = make().eval()
     # Diffusers' own attribute, which each of its models declares and which has no public reader.
-    kept_in_fp32 = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        if kept_in_fp32.isdisjoint(name.split(".")):
+        if set(model._keep_in_fp32_modules or ()).isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return model
 
 
 def published_pipeline(variant: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The published models of a variant, without data; the audio autoencoder is float32, the others of `dtype`."""
-    config = variant_config(variant, PUBLISHED_LAYERS)
+    """The published base, or super-resolution, without data; the audio autoencoder is float32, the rest of `dtype`."""
+    config = variant_config(variant, num_layers=40)
     text_config = T5GemmaConfig(encoder=T5GEMMA_9B, decoder=T5GEMMA_9B, is_encoder_decoder=False)
     components = {
         "tokenizer": None,
         "text_encoder": make_meta_model(lambda: T5GemmaEncoderModel(text_config), dtype),
         "transformer": make_meta_model(lambda: MagiHumanTransformer3DModel(**config), dtype),
-        "scheduler": MagiHumanFlowScheduler(sampler="renoise" if variant == "distill" else "unipc"),
+        "scheduler": MagiHumanFlowScheduler(),
         "vae": make_meta_model(lambda: AutoencoderKLMagiHumanTurbo(encoder_base_dim=160), dtype),
         "audio_vae": make_meta_model(AutoencoderOobleck, torch.float32),
     }
-    if variant not in UPSCALE_SIZES:
-        return MagiHumanAudioVideoPipeline(**components, is_distilled=variant == "distill")
+    if variant == "base":
+        return MagiHumanAudioVideoPipeline(**components)
     height, width = UPSCALE_SIZES[variant]
     return MagiHumanLatentUpscalePipeline(**components, default_height=height, default_width=width)
 
 
-def configured_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A saved pipeline, without data: of a directory or repository only the configs are read."""
+def configured_pipeline(model: str, dtype: torch.dtype, allowed: Sequence[type] = PIPELINES) -> DiffusionPipeline:
+    """A saved pipeline of an allowed class, without data: of a directory or repository only configs are read."""
     index = DiffusionPipeline.load_config(model)
-    if index["_class_name"] not in PIPELINES:
-        raise ValueError(f"{model!r} holds a {index['_class_name']}, it must hold one of {list(PIPELINES)}.")
-    arguments = {name: value for name, value in index.items() if not name.startswith("_")}
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)):
-            is_left_out = name == "tokenizer" or value[1] is None
-            part_dtype = torch.float32 if name == "audio_vae" else dtype
-            arguments[name] = None if is_left_out else configured_component(model, name, *value, part_dtype)
-    if arguments["transformer"] is None:
+    classes = {each.__name__: each for each in allowed}
+    if index["_class_name"] not in classes:
+        raise ValueError(f"{model!r} holds a {index['_class_name']}, it must hold a {' or a '.join(classes)}.")
+    if index["transformer"][1] is None:
         raise ValueError(f"{model!r} has no transformer, there is nothing to plan.")
-    return PIPELINES[index["_class_name"]](**arguments)
 
+    def make_component(name: str, library: str | None, class_name: str | None) -> Any:
+        if name == "tokenizer" or class_name is None:
+            return None
+        part = getattr(transformers if library == "transformers" else diffusers, class_name)
+        if name == "scheduler":
+            return part.from_pretrained(model, subfolder=name)
+        if library == "transformers":
+            make, config = part, part.config_class.from_pretrained(model, subfolder=name)
+        else:
+            make, config = part.from_config, part.load_config(model, subfolder=name)
+        return make_meta_model(lambda: make(config), torch.float32 if name == "audio_vae" else dtype)
 
-def configured_component(model: str, name: str, library: str, class_name: str, dtype: torch.dtype) -> Any:
-    if library == "transformers":
-        text_class = getattr(transformers, class_name)
-        text_config = text_class.config_class.from_pretrained(model, subfolder=name)
-        return make_meta_model(lambda: text_class(text_config), dtype)
-    component_class = getattr(diffusers, class_name)
-    config = component_class.load_config(model, subfolder=name)
-    if name == "scheduler":
-        return component_class.from_config(config)
-    return make_meta_model(lambda: component_class.from_config(config), dtype)
+    arguments = {name: value for name, value in index.items() if not name.startswith("_")}
+    parts = {name: make_component(name, *each) for name, each in arguments.items() if isinstance(each, (list, tuple))}
+    return classes[index["_class_name"]](**arguments | parts)
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -176,10 +157,8 @@ def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 class Stage(NamedTuple):
-    """
-    A part of a call in which one component runs; `peaks` are the bytes it needs beyond the weights, with what those
-    before it leave, by whether the transformer is float8 and whether all is lean.
-    """
+    """A part of a call in which one component runs; `peaks` are the bytes it needs beyond the weights, with what those
+    before it leave, by whether the transformer is float8 and whether all is lean."""
 
     name: str
     component: str
@@ -192,8 +171,7 @@ def make_stages(pipe: DiffusionPipeline, height: int, width: int, num_frames: in
     # The pipelines' own way to ask; `device` is the CPU while weights are offloaded.
     config, device = pipe.transformer.config, pipe._execution_device
     zeros = functools.partial(torch.zeros, device=device)
-    latent_frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    ratio = pipe.vae_scale_factor_spatial
+    ratio, latent_frames = pipe.vae_scale_factor_spatial, (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     shape = (1, config.in_channels, latent_frames, height // ratio, width // ratio)
     # The masks of the text, which are small, would be computed from values.
     masks = dict.fromkeys(("full_attention", "sliding_attention"))
@@ -214,10 +192,13 @@ def make_stages(pipe: DiffusionPipeline, height: int, width: int, num_frames: in
         for window in pipe.decode_windows(zeros(shape)):
             pipe.video_processor.postprocess_video(window, output_type="pt")
 
-    input_ids, audio = (1, MAX_SEQUENCE_LENGTH), (2, num_frames * pipe.audio_hop_length)
-    audio_shape = (1, config.audio_in_channels, num_frames)
+    tokens, audio, audio_shape = (
+        (1, MAX_SEQUENCE_LENGTH),
+        (2, num_frames * pipe.audio_hop_length),
+        (1, config.audio_in_channels, num_frames),
+    )
     stages = {
-        ("text", "text_encoder"): lambda: pipe.text_encoder(zeros(input_ids, dtype=torch.long), attention_mask=masks),
+        ("text", "text_encoder"): lambda: pipe.text_encoder(zeros(tokens, dtype=torch.long), attention_mask=masks),
         ("first frame", "vae"): lambda: pipe.encode_video(zeros(1, 3, 1, height, width), device),
         ("given audio", "audio_vae"): lambda: pipe.encode_audio(zeros(audio), None, device),
         ("denoising step", "transformer"): denoise,
@@ -230,10 +211,8 @@ def make_stages(pipe: DiffusionPipeline, height: int, width: int, num_frames: in
 
 
 class Setting(NamedTuple):
-    """
-    Where weights lie, whether the transformer is float8, and whether the autoencoder works in tiles and the
-    feed-forward of the transformer in chunks (`lean`); `calls` put a loaded pipeline `pipe` into it.
-    """
+    """Where weights lie, whether the transformer is float8, and whether the autoencoder works in tiles and the
+    feed-forward of the transformer in chunks (`lean`); `calls` put a loaded pipeline `pipe` into it."""
 
     name: str
     offload: str | None
@@ -253,7 +232,6 @@ OFFLOADING = (
 )
 FLOAT8_CALL = "pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, pipe.transformer.dtype)"
 LEAN_CALLS = ("pipe.transformer.enable_forward_chunking()", "pipe.vae.enable_tiling()")
-
 # From fast to slow, those first that change no number.
 SETTINGS = tuple(
     Setting(
@@ -265,29 +243,20 @@ SETTINGS = tuple(
 )
 
 
-def count_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 def group_offload_bytes(model: nn.Module, offload_type: str, num_in_flight: int) -> int:
     """Of a model on the meta device: groups that stay while others come and go, and the largest of the others."""
     model = copy.deepcopy(model)
-    apply_group_offloading(model, torch.device("cpu"), META, offload_type, num_blocks_per_group=1)
+    apply_group_offloading(model, torch.device("cpu"), torch.device("meta"), offload_type, num_blocks_per_group=1)
     # What a group holds, and which module fetches it, only Diffusers' hooks know.
     hooks = [HookRegistry.check_if_exists_or_initialize(each).get_hook("group_offloading") for each in model.modules()]
-    groups = {id(hook.group): hook.group for hook in hooks if hook is not None}.values()
-    leaders = {id(group.onload_leader) for group in groups}
-    staying, passing = 0, []
+    groups = {hook.group for hook in hooks if hook is not None}
+    leaders = {group.onload_leader for group in groups}
+    staying, passing = [], []
     for group in groups:
-        tensors = [*group.parameters, *group.buffers]
-        tensors += [tensor for module in group.modules for tensor in (*module.parameters(), *module.buffers())]
-        size = sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
-        within = [id(module) for module in group.onload_leader.modules()]
-        if leaders.isdisjoint(within[1:]):
-            passing.append(size)
-        else:
-            staying += size
-    return staying + sum(sorted(passing)[-num_in_flight:])
+        tensors = {*group.parameters, *group.buffers, *itertools.chain(*map(tensors_of, group.modules))}
+        _, *within = group.onload_leader.modules()
+        (passing if leaders.isdisjoint(within) else staying).append(sum(tensor.nbytes for tensor in tensors))
+    return sum(staying) + sum(sorted(passing)[-num_in_flight:])
 
 
 def weights_on_gpu(
@@ -295,7 +264,7 @@ def weights_on_gpu(
 ) -> dict[str | None, dict[str, int]]:
     """Bytes of weights on the GPU by way of offloading and stage; with a stream one group runs, one is in flight."""
     models = models_of(pipe)
-    sizes = {name: count_bytes(model) for name, model in models.items()}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors_of(model)) for name, model in models.items()}
     weights = {None: {stage.name: sum(sizes.values()) for stage in stages}, "model": {}}
 
     # In model offloading a component that starts sends the one before it in the sequence away, and no other.
@@ -306,97 +275,68 @@ def weights_on_gpu(
         present -= set(sequence[: sequence.index(stage.component)][-1:])
         weights["model"][stage.name] = sum(sizes[name] for name in present)
 
-    autoencoders = sum(sizes[name] for name in models if name in AUTOENCODERS)
     for offload_type in ("block_level", "leaf_level"):
-        held = dict.fromkeys(AUTOENCODERS, autoencoders)
-        for name in models.keys() - held:
-            held[name] = autoencoders + group_offload_bytes(models[name], offload_type, num_in_flight)
+        held = dict.fromkeys(models, sum(sizes[name] for name in models if name in AUTOENCODERS))
+        for name in models.keys() - set(AUTOENCODERS):
+            held[name] += group_offload_bytes(models[name], offload_type, num_in_flight)
         weights[offload_type] = {stage.name: held[stage.component] for stage in stages}
     return weights
 
 
-class Choice(NamedTuple):
-    """The bytes that a call needs in a setting, those of its hungriest stage."""
-
-    setting: Setting
-    peak: int
-    stage: str
-
-
 class MemoryPlan(NamedTuple):
-    """What one call of a pipeline needs: bytes of weights by component and dtype, of stages, and in each setting."""
+    """What a call needs: bytes of weights by component and dtype, of stages, and of stages in each setting."""
 
     model: str
     pipeline_name: str
-    height: int
-    width: int
-    num_frames: int
+    size: tuple[int, int, int]
     dtype: torch.dtype
     weights: dict[str, dict[torch.dtype, int]]
     stages: list[Stage]
-    choices: list[Choice]
-
-
-@contextlib.contextmanager
-def one_block_of_each_kind(transformer: MagiHumanTransformer3DModel) -> Iterator[None]:
-    """Leaves out the blocks that are like another one: these need the same memory, and most of the time to plan."""
-    blocks = transformer.transformer_blocks
-    kinds = {(repr(block), block.attn.local_attention_frames): block for block in blocks}
-    transformer.transformer_blocks = nn.ModuleList(kinds.values())
-    try:
-        yield
-    finally:
-        transformer.transformer_blocks = blocks
-
-
-def set_lean(pipe: DiffusionPipeline, lean: bool) -> None:
-    """Does what the calls of a lean setting do, or undoes it."""
-    pipe.transformer.enable_forward_chunking() if lean else pipe.transformer.disable_forward_chunking()
-    if pipe.vae is not None:
-        pipe.vae.use_tiling = lean
+    needs: dict[Setting, dict[str, int]]
 
 
 def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, num_frames: int) -> MemoryPlan:
-    """What one call needs of a pipeline on the meta device, whose transformer is float8 afterwards."""
+    """What one call needs of a pipeline on the meta device, whose transformer is float8 and lean afterwards."""
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
     if height % multiple or width % multiple or min(height, width, num_frames) < 1:
         raise ValueError(
             f"`height`={height} and `width`={width} must be positive multiples of {multiple}, and"
             f" `num_frames`={num_frames} must be 1 or more."
         )
-    models = models_of(pipe)
-    weights: dict[str, dict[torch.dtype, int]] = {name: {} for name in models}
-    for name, part in models.items():
-        for parameter in part.parameters():
-            weights[name][parameter.dtype] = weights[name].get(parameter.dtype, 0) + parameter.nbytes
-    dtype = pipe.transformer.dtype
+    models, transformer, dtype = models_of(pipe), pipe.transformer, pipe.transformer.dtype
+    weights = {name: Counter() for name in models}
+    for name, parameter in ((name, each) for name, part in models.items() for each in part.parameters()):
+        weights[name][parameter.dtype] += parameter.nbytes
     stages = make_stages(pipe, height, width, num_frames)
+    blocks = transformer.transformer_blocks
+    # Blocks that are alike need the same memory, so one of each kind is run.
+    kinds = nn.ModuleList({(repr(each), each.attn.local_attention_frames): each for each in blocks}.values())
 
     on_gpu, needed = {}, {}
     for float8, lean in itertools.product((False, True), repeat=2):
+        transformer.transformer_blocks = blocks
         if float8 and not lean:
-            pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+            transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
         on_gpu[float8] = on_gpu.get(float8) or weights_on_gpu(pipe, stages)
-        set_lean(pipe, lean)
+        transformer.enable_forward_chunking() if lean else transformer.disable_forward_chunking()
+        if pipe.vae is not None:
+            pipe.vae.use_tiling = lean
+        transformer.transformer_blocks = kinds
         left = 0
         for stage in stages:
             # Where this stage ignores one of the two, it needs what it does without it, measured before.
-            is_float8 = float8 and stage.component == "transformer"
-            key = stage.name, is_float8, lean and stage.component in ("transformer", "vae")
-            if key not in needed:
-                with one_block_of_each_kind(pipe.transformer):
-                    needed[key] = measure_memory(stage.run, models[stage.component])
-            peak, kept = needed[key]
+            is_lean = lean and stage.component in ("transformer", "vae")
+            key = stage.name, float8 and stage.component == "transformer", is_lean
+            peak, kept = needed[key] = needed.get(key) or measure_memory(stage.run, models[stage.component])
             stage.peaks[float8, lean] = left + peak
             left += kept
+    transformer.transformer_blocks = blocks
 
-    choices = []
-    for setting in SETTINGS:
-        held = on_gpu[setting.float8][setting.offload]
-        peaks = {stage.name: held[stage.name] + stage.peaks[setting.float8, setting.lean] for stage in stages}
-        hungriest = max(peaks, key=peaks.get)
-        choices.append(Choice(setting, peaks[hungriest], hungriest))
-    return MemoryPlan(model, type(pipe).__name__, height, width, num_frames, dtype, weights, stages, choices)
+    needs = {
+        each: {s.name: on_gpu[each.float8][each.offload][s.name] + s.peaks[each.float8, each.lean] for s in stages}
+        for each in SETTINGS
+    }
+    return MemoryPlan(model, type(pipe).__name__, (height, width, num_frames), dtype, weights, stages, needs)
 
 
 def plan_call(
@@ -407,99 +347,85 @@ def plan_call(
     num_frames: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[MemoryPlan]:
-    """
-    What it takes to make a video: a plan for each pipeline, in the order in which they run, one at a time in memory.
+    """A plan for each pipeline of a call, in the order in which they run, one at a time in memory.
 
-    `model` and `upscale` are directories or repositories of pipelines. Without `model` it is the published base, and
-    for more than twice the pixels of its default also the published super-resolution for this size. The size defaults
-    to that of the last pipeline; what is upscaled has its own default size.
+    `model` and `upscale` are directories or repositories. Without `model` it is the published base, and for more than
+    twice its pixels also the published super-resolution. Sizes default to the last pipeline's.
     """
-    name = model or "owner/magihuman-base"
-    pipe = published_pipeline("base", dtype) if model is None else configured_pipeline(model, dtype)
-    upscale_pipe = None
+    allowed = PIPELINES if upscale is None else PIPELINES[:1]
+    pipe = published_pipeline("base", dtype) if model is None else configured_pipeline(model, dtype, allowed)
+    last, low = pipe, (pipe.config.default_height, pipe.config.default_width)
     if upscale is not None:
-        upscale_pipe = configured_pipeline(upscale, dtype)
-        for argument, part, wanted in zip(("model", "upscale"), (pipe, upscale_pipe), PIPELINES.values(), strict=True):
-            if not isinstance(part, wanted):
-                raise ValueError(f"`{argument}` holds a {type(part).__name__}, it must hold a {wanted.__name__}.")
-    elif model is None:
-        pixels = (height or pipe.config.default_height) * (width or pipe.config.default_width)
-        if pixels > MAX_BASE_SCALE * pipe.config.default_height * pipe.config.default_width:
-            fitting = (variant for variant, (rows, columns) in UPSCALE_SIZES.items() if rows * columns >= pixels)
-            variant = next(fitting, "sr_1080p")
-            upscale, upscale_pipe = f"owner/magihuman-{variant.replace('_', '-')}", published_pipeline(variant, dtype)
+        last = configured_pipeline(upscale, dtype, PIPELINES[1:])
+    elif model is None and (pixels := (height or low[0]) * (width or low[1])) > 2 * low[0] * low[1]:
+        variant = next((name for name, size in UPSCALE_SIZES.items() if size[0] * size[1] >= pixels), "sr_1080p")
+        upscale, last = f"owner/magihuman-{variant.replace('_', '-')}", published_pipeline(variant, dtype)
 
-    config = (upscale_pipe or pipe).config
+    model = model or "owner/magihuman-base"
     num_frames = pipe.config.get("default_num_frames", 126) if num_frames is None else num_frames
-    height = config.default_height if height is None else height
-    width = config.default_width if width is None else width
-    if upscale_pipe is None:
-        return [plan_pipeline(name, pipe, height, width, num_frames)]
-    low = sorted((pipe.config.default_height, pipe.config.default_width), reverse=height > width)
+    height = last.config.default_height if height is None else height
+    width = last.config.default_width if width is None else width
+    if upscale is None:
+        return [plan_pipeline(model, pipe, height, width, num_frames)]
+    low = sorted(low, reverse=height > width)
     if height < low[0] or width < low[1]:
         raise ValueError(f"`height`={height} and `width`={width} must not be less than what is upscaled, {low}.")
-    first = plan_pipeline(name, pipe, *low, num_frames)
-    return [first, plan_pipeline(upscale, upscale_pipe, height, width, num_frames)]
+    return [plan_pipeline(model, pipe, *low, num_frames), plan_pipeline(upscale, last, height, width, num_frames)]
 
 
-def choose(plan: MemoryPlan, vram: float) -> Choice:
+def choose(plan: MemoryPlan, vram: float) -> Setting:
     """The fastest setting that fits into `vram` GiB, of which 1 is left to CUDA; ValueError says what is missing."""
-    for choice in plan.choices:
-        if choice.peak <= (vram - RESERVED_GIB) * GIB:
-            return choice
-    leanest = min(plan.choices, key=lambda choice: choice.peak)
-    needed = leanest.peak / GIB + RESERVED_GIB
+    peaks = {setting: max(needs.values()) / GIB + RESERVED_GIB for setting, needs in plan.needs.items()}
+    for setting, needed in peaks.items():
+        if needed <= vram:
+            return setting
+    leanest = min(peaks, key=peaks.get)
+    needed, stage = peaks[leanest], max(plan.needs[leanest], key=plan.needs[leanest].get)
+    height, width, num_frames = plan.size
     raise ValueError(
-        f"No setting makes {plan.height}x{plan.width}, {plan.num_frames} frames, fit into {vram:g} GiB: the leanest,"
-        f" {leanest.setting.name}, needs {needed:.1f} GiB, {needed - vram:.1f} more, in the stage {leanest.stage!r} of"
-        f" {plan.model}. A smaller or shorter video needs less."
+        f"No setting makes {height}x{width}, {num_frames} frames, fit into {vram:g} GiB: the leanest, {leanest.name},"
+        f" needs {needed:.1f} GiB, {needed - vram:.1f} more, in the stage {stage!r} of {plan.model}. A smaller or"
+        " shorter video needs less."
     )
 
 
-def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    rows = [header, *rows]
+def format_table(header: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]) -> str:
+    """A table in markdown; integers are bytes and are written in GiB."""
+    rows = [header, *([f"{x / GIB:.2f}" if isinstance(x, int) else x for x in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
-
-
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}"
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def format_plan(plan: MemoryPlan, vram: float) -> str:
     """A plan as three tables in GiB: weights, what stages need beyond them, and settings with whether they fit."""
     weights = [
-        (name, gib(sum(by_dtype.values())), ", ".join(f"{gib(n)} {str(d)[6:]}" for d, n in by_dtype.items()))
-        for name, by_dtype in plan.weights.items()
+        (name, sum(sizes.values()), ", ".join(f"{size / GIB:.2f} {str(dtype)[6:]}" for dtype, size in sizes.items()))
+        for name, sizes in plan.weights.items()
     ]
-    stages = [
-        (each.name, each.component, *(gib(each.peaks[False, lean]) for lean in (False, True))) for each in plan.stages
+    stages = [(s.name, s.component, s.peaks[False, False], s.peaks[False, True]) for s in plan.stages]
+    peaks = [max(needs.values()) for needs in plan.needs.values()]
+    verdicts = ["yes" if peak / GIB + RESERVED_GIB <= vram else None for peak in peaks]
+    settings = [
+        (setting.name, *peaks[i : i + 2], verdicts[i] or (verdicts[i + 1] and LEAN) or "no")
+        for i, setting in enumerate(plan.needs)
+        if not setting.lean
     ]
-    settings = []
-    for whole, lean in zip(plan.choices[::2], plan.choices[1::2], strict=True):
-        fits, fits_lean = (choice.peak <= (vram - RESERVED_GIB) * GIB for choice in (whole, lean))
-        verdict = "yes" if fits else LEAN if fits_lean else "no"
-        settings.append((whole.setting.name, gib(whole.peak), gib(lean.peak), verdict))
-    total = sum(sum(by_dtype.values()) for by_dtype in plan.weights.values())
-    seconds, dtype = plan.num_frames / FRAME_RATE, str(plan.dtype)[6:]
-    return f"""\
-{plan.model}, {plan.pipeline_name}: {plan.height}x{plan.width}, {plan.num_frames} frames ({seconds:.1f} s), {dtype}.\
- GiB throughout.
-
-{format_table(("part", "weights", "of these"), weights)}
-
-{format_table(("stage", "part", "beyond weights", LEAN), stages)}
-
-{format_table(("setting", "needs", LEAN, f"fits {vram:g}, {RESERVED_GIB:g} left free"), settings)}
-
-Weights that are offloaded lie in RAM, {gib(total)} in all."""
+    height, width, num_frames = plan.size
+    size, dtype = f"{height}x{width}, {num_frames} frames ({num_frames / FRAME_RATE:.1f} s)", str(plan.dtype)[6:]
+    return "\n\n".join(
+        (
+            f"{plan.model}, {plan.pipeline_name}: {size}, {dtype}. GiB throughout.",
+            format_table(("part", "weights", "of these"), weights),
+            format_table(("stage", "part", "beyond weights", LEAN), stages),
+            format_table(("setting", "needs", LEAN, f"fits {vram:g}, {RESERVED_GIB:g} left free"), settings),
+            f"Weights that are offloaded lie in RAM, {sum(row[1] for row in weights) / GIB:.2f} in all.",
+        )
+    )
 
 
 def format_calls(plan: MemoryPlan, vram: float) -> str:
     """The calls of the fastest setting that fits, one a line; raises what [`choose`] does."""
-    setting = choose(plan, vram).setting
+    setting = choose(plan, vram)
     calls = [call for call in setting.calls if "vae" in plan.weights or not call.startswith("pipe.vae.")]
     return "\n".join((f"# {plan.model}: {setting.name}", *calls))
