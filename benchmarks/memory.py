@@ -37,7 +37,6 @@ from diffusers_magihuman.tools.plan import (
     GIB,
     SETTINGS,
     Setting,
-    choice_name,
     choose,
     format_table,
     make_meta_model,
@@ -46,7 +45,6 @@ from diffusers_magihuman.tools.plan import (
     plan_call,
     plan_pipeline,
     published_pipeline,
-    setting_lines,
     weights_on_gpu,
 )
 
@@ -59,7 +57,6 @@ TOLERANCE = 0.15
 # The other stages of the mid-size models are so small that the scratch memory of CPU libraries shows. And of an
 # embedding that lies in a file, only the rows that are read become resident.
 CHECKED_STAGES = ("denoising step", "decoding video")
-CHOICES = [(setting, lean) for setting in SETTINGS for lean in (False, True)]
 
 
 def make_small_pipeline(heads: int, num_layers: int, channels: int) -> DiffusionPipeline:
@@ -141,35 +138,35 @@ def peak_bytes(device: torch.device) -> int:
 
 def run_setting(size: str, device: torch.device, index: int) -> dict:
     """Planned and measured bytes of every stage in a setting, and its seconds."""
-    setting, lean = CHOICES[index]
+    setting = SETTINGS[index]
     pipe, video = make_pipeline(size)
     plan = plan_pipeline(size, pipe, *video)  # which leaves a float8 transformer
     if not setting.float8:
         pipe, _ = make_pipeline(size)
     # From RAM the next group is fetched on a stream while one runs, from disk each when it runs.
     num_in_flight = 2 if device.type == "cuda" else 1
-    weights = weights_on_gpu(pipe, list(make_stages(pipe, *video)), num_in_flight)[setting.offload]
-    planned = {stage.name: weights[stage.name] + stage.peaks[setting.float8, lean] for stage in plan.stages}
+    weights = weights_on_gpu(pipe, make_stages(pipe, *video), num_in_flight)[setting.offload]
+    planned = {stage.name: weights[stage.name] + stage.peaks[setting.float8, setting.lean] for stage in plan.stages}
 
     # Libraries take memory that they keep, their own code too, when they first run: none of a model's.
-    run_stages("tiny", device, setting, lean)
+    run_stages("tiny", device, setting)
     reset_peak(device)
-    measured = run_stages(size, device, setting, lean)
+    measured = run_stages(size, device, setting)
     return {
-        "setting": choice_name(setting, lean),
+        "setting": setting.name,
         "stages": {name: {"planned": planned[name], **values} for name, values in measured.items()},
     }
 
 
 @torch.no_grad()
-def run_stages(size: str, device: torch.device, setting: Setting, lean: bool) -> dict[str, dict]:
+def run_stages(size: str, device: torch.device, setting: Setting) -> dict[str, dict]:
     """Measured bytes and seconds of every stage of a pipeline with random weights."""
     baseline = 0 if device.type == "cuda" else resident_bytes("VmRSS")
     pipe, video = make_pipeline(size)
     materialise(pipe, device)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        lines = "\n".join(setting_lines(setting, lean, pipe.transformer.dtype))
+        lines = "\n".join(setting.calls)
         if device.type == "cpu":
             lines = lines.replace("cuda", "cpu").replace("use_stream=True", f"offload_to_disk_path={folder!r}")
         exec(lines, {"pipe": pipe, "torch": torch})
@@ -188,13 +185,13 @@ def run_all(size: str, device: torch.device) -> list[dict]:
     """Every setting in a process of its own, whose allocator gives memory back to the system at once."""
     results = []
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for index, (setting, lean) in enumerate(CHOICES):
+    for index, setting in enumerate(SETTINGS):
         if device.type == "cpu" and setting.offload == "model":
             continue  # nothing moves
         command = [sys.executable, __file__, "run", "--size", size, "--device", str(device), "--setting", str(index)]
         result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
-            results.append({"setting": choice_name(setting, lean), "stages": None})
+            results.append({"setting": setting.name, "stages": None})
         else:
             results.append(json.loads(result.stdout.splitlines()[-1])["result"])
         print(results[-1], file=sys.stderr, flush=True)
@@ -239,13 +236,13 @@ def plan_gpus() -> list[tuple[str, ...]]:
         row = [f"{vram} GB"]
         for plan in (low, high):
             try:
-                choice = choose(plan, vram)
+                setting = choose(plan, vram)
             except ValueError:
                 row.append("does not fit")
             else:
-                row.append(f"{choice_name(*choice[:2])}: {choice.peak / GIB:.1f}")
+                row.append(f"{setting.name}: {max(plan.needs[setting].values()) / GIB:.1f}")
         rows.append(tuple(row))
-    print(format_table(("GPU", *(f"{plan.height}x{plan.width}: GiB" for plan in (low, high))), rows))
+    print(format_table(("GPU", *(f"{plan.size[0]}x{plan.size[1]}: GiB" for plan in (low, high))), rows))
     return rows
 
 
@@ -254,7 +251,7 @@ def main() -> None:
     parser.add_argument("case", choices=("table", "check", "gpus", "run"))
     parser.add_argument("--size", choices=(*SMALL, *FULL), default="mid")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--setting", type=int, choices=range(len(CHOICES)), help="for run, an index", default=0)
+    parser.add_argument("--setting", type=int, choices=range(len(SETTINGS)), help="for run, an index", default=0)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.size in FULL and device.type != "cuda":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console command `magihuman`."""
 
-import argparse
 import math
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ from .plan import format_calls, format_plan, plan_call
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class OneLineParser(argparse.ArgumentParser):
+class OneLineParser(ArgumentParser):
     """Reports bad input in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -37,7 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
 def positive_number(value: str) -> float:
     number = float(value)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{value!r} must be a positive number")
+        raise ArgumentTypeError(f"{value!r} must be a positive number")
     return number
 
 
@@ -45,10 +45,10 @@ def device(value: str) -> torch.device:
     try:
         return torch.device(value)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a device of torch, like 'cuda', 'mps' or 'cpu'") from error
+        raise ArgumentTypeError(f"{value!r} is not a device of torch, like 'cuda', 'mps' or 'cpu'") from error
 
 
-def add_generate(command: argparse.ArgumentParser) -> None:
+def add_generate(command: ArgumentParser) -> None:
     add = command.add_argument
     add("prompt", metavar="PROMPT", help="description, `Dialogue:` and `Background Sound:`")
     add("--model", metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub; default: the tiny one in here")
@@ -65,7 +65,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add_run_options(command)
 
 
-def add_upscale(command: argparse.ArgumentParser) -> None:
+def add_upscale(command: ArgumentParser) -> None:
     add = command.add_argument
     add("video", metavar="VIDEO", help=f"video in low resolution, {FRAME_RATE} frames a second")
     add("prompt", metavar="PROMPT", help="the prompt of the video")
@@ -77,19 +77,19 @@ def add_upscale(command: argparse.ArgumentParser) -> None:
     add_run_options(command)
 
 
-def add_size(command: argparse.ArgumentParser) -> None:
+def add_size(command: ArgumentParser) -> None:
     for name in ("height", "width"):
         command.add_argument(f"--{name}", type=int, help="multiple of 32, default: that of the model")
 
 
-def add_run_options(command: argparse.ArgumentParser) -> None:
+def add_run_options(command: ArgumentParser) -> None:
     command.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help="default: %(default)s")
     command.add_argument("--seed", type=int, help="the same seed gives the same video")
     command.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     command.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on the cpu float32")
 
 
-def add_convert(command: argparse.ArgumentParser) -> None:
+def add_convert(command: ArgumentParser) -> None:
     add = command.add_argument
     add("source", metavar="SOURCE", help="file, directory, or repository on the Hub, in any layout")
     add("output", metavar="OUTPUT", help="directory to write; must not exist")
@@ -106,7 +106,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the directory when it is complete")
 
 
-def add_plan(command: argparse.ArgumentParser) -> None:
+def add_plan(command: ArgumentParser) -> None:
     add = command.add_argument
     add("--vram", type=positive_number, required=True, metavar="GIB", help="memory of the GPU")
     add_size(command)
@@ -116,12 +116,12 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16")
 
 
-def add_card(command: argparse.ArgumentParser) -> None:
+def add_card(command: ArgumentParser) -> None:
     command.add_argument("variant", choices=CARD_VARIANTS)
     command.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
 
 
-def run_generate(arguments: argparse.Namespace) -> None:
+def run_generate(arguments: Namespace) -> None:
     # Whatever can be wrong with the files is found before gigabytes are loaded.
     check_mp4_path(arguments.output)
     image = None if arguments.image is None else load_images(arguments.image)
@@ -135,13 +135,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     check_upscale(arguments, check_pipeline("--model", arguments.model, MagiHumanAudioVideoPipeline))
 
     pipe, generator = load_pipeline(arguments.model, arguments)
-    inputs = {
-        "image": image,
-        "audio": audio,
-        "num_frames": arguments.num_frames,
-        "num_inference_steps": arguments.steps,
-    }
-    inputs |= {"height": arguments.height, "width": arguments.width, "generator": generator}
+    inputs = {"image": image, "audio": audio, "num_inference_steps": arguments.steps, "generator": generator}
+    inputs |= {"height": arguments.height, "width": arguments.width, "num_frames": arguments.num_frames}
     if arguments.upscale is not None:
         low = pipe(arguments.prompt, **inputs, output_type="latent")
         shared = {name: part for name, part in pipe.components.items() if name not in ("transformer", "scheduler")}
@@ -152,7 +147,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     write_video(pipe, arguments, **inputs)
 
 
-def run_upscale(arguments: argparse.Namespace) -> None:
+def run_upscale(arguments: Namespace) -> None:
     check_mp4_path(arguments.output)
     video = load_videos(arguments.video, FRAME_RATE)
     image = None if arguments.image is None else load_images(arguments.image)
@@ -165,7 +160,8 @@ def run_upscale(arguments: argparse.Namespace) -> None:
     write_video(pipe, arguments, **inputs)
 
 
-def run_convert(arguments: argparse.Namespace) -> None:
+def run_convert(arguments: Namespace) -> None:
+    vaes = {"turbo_vae": arguments.turbo_vae, "audio_vae": arguments.audio_vae} if arguments.with_vaes else {}
     path = convert_checkpoint(
         arguments.source,
         arguments.output,
@@ -175,9 +171,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
         text_encoder=arguments.with_text_encoder,
         video_vae=arguments.with_vaes,
-        turbo_vae=arguments.turbo_vae if arguments.with_vaes else None,
-        audio_vae=arguments.audio_vae if arguments.with_vaes else None,
         repo_id=arguments.push_to_hub,
+        **vaes,
     )
     print(path)
     if arguments.push_to_hub is not None:
@@ -186,7 +181,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         print(repo)
 
 
-def run_plan(arguments: argparse.Namespace) -> None:
+def run_plan(arguments: Namespace) -> None:
     size = (arguments.height, arguments.width, arguments.num_frames)
     plans = plan_call(arguments.model, arguments.upscale, *size, getattr(torch, arguments.dtype))
     for plan in plans:
@@ -194,7 +189,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     print("\n".join(format_calls(plan, arguments.vram) for plan in plans))
 
 
-def run_card(arguments: argparse.Namespace) -> None:
+def run_card(arguments: Namespace) -> None:
     card = make_model_card(arguments.variant)
     if arguments.output is None:
         print(card, end="")
@@ -205,13 +200,12 @@ def run_card(arguments: argparse.Namespace) -> None:
 def check_pipeline(option: str, model: str, pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:
     """Reads the index of a pipeline, before anything large is read or computed."""
     index = DiffusionPipeline.load_config(model)
-    found = index["_class_name"]
-    if found != pipeline_class.__name__:
+    if (found := index["_class_name"]) != pipeline_class.__name__:
         raise ValueError(f"{option} {model!r} holds a {found}, it must hold a {pipeline_class.__name__}.")
     return index
 
 
-def check_upscale(arguments: argparse.Namespace, base: dict[str, Any]) -> None:
+def check_upscale(arguments: Namespace, base: dict[str, Any]) -> None:
     """The second pipeline would refuse these too, but after the first has run."""
     index = {}
     if arguments.upscale is not None:
@@ -225,18 +219,15 @@ def check_upscale(arguments: argparse.Namespace, base: dict[str, Any]) -> None:
             raise ValueError(f"{option} is {target}, it must be a multiple of 32 and not below --{name}, {source}.")
 
 
-def load_pipeline(
-    model: str, arguments: argparse.Namespace, **components: Any
-) -> tuple[DiffusionPipeline, torch.Generator | None]:
+def load_pipeline(model: str, arguments: Namespace, **parts: Any) -> tuple[DiffusionPipeline, torch.Generator | None]:
     target = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype or ("float32" if target.type == "cpu" else "bfloat16"))
-    # Rounding its autoencoder is heard in the sound, and it is small.
-    dtype = {"default": dtype, "audio_vae": torch.float32}
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **components).to(target)
+    dtype = {"default": dtype, "audio_vae": torch.float32}  # rounding would be heard, and it is small
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **parts).to(target)
     return pipe, None if arguments.seed is None else torch.Generator(pipe.device).manual_seed(arguments.seed)
 
 
-def write_video(pipe: DiffusionPipeline, arguments: argparse.Namespace, **inputs: Any) -> None:
+def write_video(pipe: DiffusionPipeline, arguments: Namespace, **inputs: Any) -> None:
     output_type = "np"
     if isinstance(pipe.vae, AutoencoderKLMagiHumanTurbo):
         # The light autoencoder decodes in tiles and windows, which changes nothing but the memory.

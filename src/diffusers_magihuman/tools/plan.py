@@ -75,9 +75,7 @@ class FlashAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return (self.attend if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **rest: Any) -> Tensor:
         if not query.is_meta:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, **rest)
         # The flash kernel for CPUs is the only one that knows the meta device.
@@ -177,7 +175,7 @@ def make_stages(pipe: DiffusionPipeline, height: int, width: int, num_frames: in
     masks = dict.fromkeys(("full_attention", "sliding_attention"))
 
     def denoise() -> None:
-        latents, audio_latents = zeros(shape), zeros(1, num_frames, config.audio_in_channels)
+        latents, audio = zeros(shape), zeros(1, num_frames, config.audio_in_channels)
         texts = zeros(2, 1, MAX_SEQUENCE_LENGTH, config.text_in_channels)
         # After two steps the solver has all the history that it keeps.
         scheduler = copy.deepcopy(pipe.scheduler)
@@ -185,25 +183,22 @@ def make_stages(pipe: DiffusionPipeline, height: int, width: int, num_frames: in
         for t in scheduler.timesteps[:2]:
             latents = scheduler.step(torch.zeros_like(latents), t, latents, return_dict=False)[0]
         # The branches of guidance run one after the other, the second with the velocities of the first beside it.
-        velocities = [torch.zeros_like(latents), torch.zeros_like(audio_latents)]
-        velocities += pipe.transformer(latents, audio_latents, texts[0], return_dict=False)
+        velocities = [torch.zeros_like(latents), torch.zeros_like(audio)]
+        velocities += pipe.transformer(latents, audio, texts[0], return_dict=False)
 
     def decode_video() -> None:
         for window in pipe.decode_windows(zeros(shape)):
             pipe.video_processor.postprocess_video(window, output_type="pt")
 
-    tokens, audio, audio_shape = (
-        (1, MAX_SEQUENCE_LENGTH),
-        (2, num_frames * pipe.audio_hop_length),
-        (1, config.audio_in_channels, num_frames),
-    )
+    tokens, audio = (1, MAX_SEQUENCE_LENGTH), (2, num_frames * pipe.audio_hop_length)
+    audio_latents = (1, config.audio_in_channels, num_frames)
     stages = {
         ("text", "text_encoder"): lambda: pipe.text_encoder(zeros(tokens, dtype=torch.long), attention_mask=masks),
         ("first frame", "vae"): lambda: pipe.encode_video(zeros(1, 3, 1, height, width), device),
         ("given audio", "audio_vae"): lambda: pipe.encode_audio(zeros(audio), None, device),
         ("denoising step", "transformer"): denoise,
         ("decoding video", "vae"): decode_video,
-        ("decoding audio", "audio_vae"): lambda: pipe.audio_vae.decode(zeros(audio_shape).to(pipe.audio_vae.dtype)),
+        ("decoding audio", "audio_vae"): lambda: pipe.audio_vae.decode(zeros(audio_latents).to(pipe.audio_vae.dtype)),
     }
     if pipe.vae is not None and pipe.vae.encoder is None:
         del stages["first frame", "vae"]
@@ -287,9 +282,8 @@ class MemoryPlan(NamedTuple):
     """What a call needs: bytes of weights by component and dtype, of stages, and of stages in each setting."""
 
     model: str
-    pipeline_name: str
+    title: str
     size: tuple[int, int, int]
-    dtype: torch.dtype
     weights: dict[str, dict[torch.dtype, int]]
     stages: list[Stage]
     needs: dict[Setting, dict[str, int]]
@@ -299,10 +293,8 @@ def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, 
     """What one call needs of a pipeline on the meta device, whose transformer is float8 and lean afterwards."""
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
     if height % multiple or width % multiple or min(height, width, num_frames) < 1:
-        raise ValueError(
-            f"`height`={height} and `width`={width} must be positive multiples of {multiple}, and"
-            f" `num_frames`={num_frames} must be 1 or more."
-        )
+        size = f"`height`={height}, `width`={width} and `num_frames`={num_frames}"
+        raise ValueError(f"{size} must be positive, the first two multiples of {multiple}.")
     models, transformer, dtype = models_of(pipe), pipe.transformer, pipe.transformer.dtype
     weights = {name: Counter() for name in models}
     for name, parameter in ((name, each) for name, part in models.items() for each in part.parameters()):
@@ -336,7 +328,9 @@ def plan_pipeline(model: str, pipe: DiffusionPipeline, height: int, width: int, 
         each: {s.name: on_gpu[each.float8][each.offload][s.name] + s.peaks[each.float8, each.lean] for s in stages}
         for each in SETTINGS
     }
-    return MemoryPlan(model, type(pipe).__name__, (height, width, num_frames), dtype, weights, stages, needs)
+    size = f"{height}x{width}, {num_frames} frames ({num_frames / FRAME_RATE:.1f} s), {str(dtype)[6:]}"
+    title = f"{model}, {type(pipe).__name__}: {size}"
+    return MemoryPlan(model, title, (height, width, num_frames), weights, stages, needs)
 
 
 def plan_call(
@@ -381,11 +375,10 @@ def choose(plan: MemoryPlan, vram: float) -> Setting:
             return setting
     leanest = min(peaks, key=peaks.get)
     needed, stage = peaks[leanest], max(plan.needs[leanest], key=plan.needs[leanest].get)
-    height, width, num_frames = plan.size
     raise ValueError(
-        f"No setting makes {height}x{width}, {num_frames} frames, fit into {vram:g} GiB: the leanest, {leanest.name},"
-        f" needs {needed:.1f} GiB, {needed - vram:.1f} more, in the stage {stage!r} of {plan.model}. A smaller or"
-        " shorter video needs less."
+        f"No setting makes {plan.size[0]}x{plan.size[1]}, {plan.size[2]} frames, fit into {vram:g} GiB: the leanest,"
+        f" {leanest.name}, needs {needed:.1f} GiB, {needed - vram:.1f} more, in the stage {stage!r} of {plan.model}. A"
+        " smaller or shorter video needs less."
     )
 
 
@@ -405,23 +398,18 @@ def format_plan(plan: MemoryPlan, vram: float) -> str:
     ]
     stages = [(s.name, s.component, s.peaks[False, False], s.peaks[False, True]) for s in plan.stages]
     peaks = [max(needs.values()) for needs in plan.needs.values()]
-    verdicts = ["yes" if peak / GIB + RESERVED_GIB <= vram else None for peak in peaks]
-    settings = [
-        (setting.name, *peaks[i : i + 2], verdicts[i] or (verdicts[i + 1] and LEAN) or "no")
-        for i, setting in enumerate(plan.needs)
-        if not setting.lean
+    settings = []
+    for setting, whole, lean in zip(SETTINGS[::2], peaks[::2], peaks[1::2], strict=True):
+        fits, fits_lean = (peak / GIB + RESERVED_GIB <= vram for peak in (whole, lean))
+        settings.append((setting.name, whole, lean, "yes" if fits else LEAN if fits_lean else "no"))
+    parts = [
+        f"{plan.title}. GiB throughout.",
+        format_table(("part", "weights", "of these"), weights),
+        format_table(("stage", "part", "beyond weights", LEAN), stages),
+        format_table(("setting", "needs", LEAN, f"fits {vram:g}, {RESERVED_GIB:g} left free"), settings),
+        f"Weights that are offloaded lie in RAM, {sum(row[1] for row in weights) / GIB:.2f} in all.",
     ]
-    height, width, num_frames = plan.size
-    size, dtype = f"{height}x{width}, {num_frames} frames ({num_frames / FRAME_RATE:.1f} s)", str(plan.dtype)[6:]
-    return "\n\n".join(
-        (
-            f"{plan.model}, {plan.pipeline_name}: {size}, {dtype}. GiB throughout.",
-            format_table(("part", "weights", "of these"), weights),
-            format_table(("stage", "part", "beyond weights", LEAN), stages),
-            format_table(("setting", "needs", LEAN, f"fits {vram:g}, {RESERVED_GIB:g} left free"), settings),
-            f"Weights that are offloaded lie in RAM, {sum(row[1] for row in weights) / GIB:.2f} in all.",
-        )
-    )
+    return "\n\n".join(parts)
 
 
 def format_calls(plan: MemoryPlan, vram: float) -> str:
