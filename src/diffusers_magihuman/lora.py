@@ -166,6 +166,9 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         source = pretrained_model_name_or_path_or_dict
         self.transformer.check_projections_are_unfused()
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        if state_dict and not any("." in name for name in state_dict):
+            # Of no module at all: Diffusers warns, and leaves the transformer as it was.
+            return self.load_lora_into_transformer(state_dict, self.transformer, adapter_name, _pipeline=self)
         is_peft = any(name.startswith("base_model.model.") for name in state_dict)
         if metadata is None and is_peft and not any(name.endswith(".alpha") for name in state_dict):
             logging.get_logger(__name__).warning(

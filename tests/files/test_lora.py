@@ -1,5 +1,7 @@
 """LoRAs on the original's names against the same change of the original's weights, before they are converted."""
 
+import logging
+
 import pytest
 import torch
 from golden import load_golden_weights
@@ -401,10 +403,18 @@ def make_bad_loras():
             pair | {f"{SHARED_UP_GATE}.dora_scale": torch.ones(336), f"{SHARED_UP_GATE}.lora_B.bias": torch.ones(336)},
             "lora_bias",
         ),
-        "no module": ({"lora_alpha": torch.tensor(2.0)}, "unknown or repeated names: lora_alpha"),
         "empty": ({}, "no tensors"),
         "zeros": ({f"{norm}.diff": torch.zeros(192)}, "changes nothing"),
     }
+
+
+def test_tensors_of_no_module_load_nothing(tiny_pipeline, caplog):
+    logger = logging.getLogger("diffusers.loaders.peft")
+    logger.addHandler(caplog.handler)
+    tiny_pipeline.load_lora_weights({"lora_alpha": torch.tensor(2.0)})
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages[0].startswith("No LoRA keys associated to MagiHumanTransformer3DModel")
+    assert not hasattr(tiny_pipeline.transformer, "peft_config")
 
 
 BAD_LORAS = make_bad_loras()
