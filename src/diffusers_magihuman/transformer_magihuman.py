@@ -132,12 +132,9 @@ class MagiHumanRotaryPosEmbed(nn.Module):
     Rotary positions of a video, audio and text sequence.
 
     The time of a video token is its latent frame; height and width are centred on 0. Audio is stretched over the time
-    of the video. Text has no position of its own in style "v2" and spans 0 to 1 in style "v1".
+    of the video. Text has no position of its own in style "v2" (base, distilled), and spans 0 to 1 in style "v1".
 
-    Args:
-        attention_head_dim (`int`): Size of a head; `attention_head_dim // 8` frequencies for each of the three axes.
-        theta (`float`): Base of the frequencies.
-        coordinate_style (`str`): `"v2"` (base and distilled) or `"v1"` (super-resolution).
+    There are `attention_head_dim // 8` frequencies for each of the three axes.
     """
 
     def __init__(self, attention_head_dim: int, theta: float, coordinate_style: str) -> None:
@@ -148,13 +145,8 @@ class MagiHumanRotaryPosEmbed(nn.Module):
 
     def forward(self, layout: SequenceLayout, text_mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """
-        Args:
-            layout (`SequenceLayout`): Token grid of the video and lengths of audio and text.
-            text_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): True for real tokens.
-
-        Returns:
-            Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order
-            of the shards and padded like them if there are several.
+        Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order of
+        the shards and padded like them if there are several; `text_mask` is true for real tokens.
         """
         num_frames, height, width, audio_length = layout.num_frames, layout.height, layout.width, layout.audio_length
         if text_mask is None:
@@ -254,9 +246,8 @@ class MagiHumanAttnProcessor:
     ) -> Tensor:
         """A frame sees the frames up to `num_neighbours` away, all audio and all text; audio and text see everything.
 
-        One softmax over concatenated keys for each frame needs no mask, so every backend can serve it, and cost grows
-        linearly with the number of frames. Frames whose neighbours are the same, as all are in a short video, go
-        together.
+        One softmax over concatenated keys for each frame needs no mask, so every backend can serve it. Frames whose
+        neighbours are the same, as all are in a short video, go together.
         """
 
         def window(states: Tensor, start: int, end: int, dim: int = 1) -> Tensor:
@@ -329,10 +320,9 @@ class MagiHumanProjections(nn.Module):
         linears = [self.to_q, self.to_k, self.to_v] + ([] if self.to_gate is None else [self.to_gate])
         for linear in linears:
             if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-                raise ValueError(
-                    f"Only plain linears can be fused, but one is a {type(linear)} with a weight of"
-                    f" {type(linear.weight)}: fuse before quantising or sharing out weights, and without a LoRA."
-                )
+                found = f"one is a {type(linear)} with a weight of {type(linear.weight)}"
+                advice = "fuse before quantising or sharing out weights, and without a LoRA"
+                raise ValueError(f"Only plain linears can be fused, but {found}: {advice}.")
         weight = torch.cat([linear.weight for linear in linears])
         fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
         fused.weight.copy_(weight)
@@ -501,19 +491,18 @@ class MagiHumanTransformer3DModel(
 
     Args:
         patch_size (`tuple[int, int, int]`, defaults to `(1, 2, 2)`): Latent frames, rows and columns in a video token.
-        in_channels (`int`, defaults to 48): Channels of the video latents.
-        audio_in_channels (`int`, defaults to 64): Channels of the audio latents.
-        text_in_channels (`int`, defaults to 3584): Channels of the text embeddings.
+        in_channels, audio_in_channels, text_in_channels (`int`, defaults to 48, 64 and 3584): Channels of the video
+            latents, of the audio latents and of the text embeddings.
         num_layers (`int`, defaults to 40): Number of blocks.
-        num_attention_heads (`int`, defaults to 40): Query heads; the hidden size is this times `attention_head_dim`.
-        num_key_value_heads (`int`, defaults to 8): Key and value heads.
-        attention_head_dim (`int`, defaults to 128): Channels of a head.
+        num_attention_heads, num_key_value_heads (`int`, defaults to 40 and 8): Query heads, and key and value heads.
+        attention_head_dim (`int`, defaults to 128): Channels of a head; the hidden size is those of all query heads.
         modality_layers (`tuple[int, ...]`): Blocks with their own linears and norms for each modality.
         gelu_layers (`tuple[int, ...]`): Blocks whose feed-forward is a clamped GELU instead of a clamped SwiGLU.
         post_norm_layers (`tuple[int, ...]`): Blocks that also normalise the outputs of attention and feed-forward.
         gated_attention (`bool`, defaults to `True`): Whether a sigmoid gate scales each head.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
-        coordinate_style (`str`, defaults to `"v2"`): Positions of audio and text, see [`MagiHumanRotaryPosEmbed`].
+        coordinate_style (`str`, defaults to `"v2"`): Positions of audio and text, `"v1"` for super-resolution, see
+            [`MagiHumanRotaryPosEmbed`].
         local_attention_layers (`tuple[int, ...]`): Blocks in which a video token sees of the video only frames nearby.
         local_attention_frames (`int`, defaults to 11): Frames seen on either side in these blocks.
         norm_eps (`float`, defaults to 1e-6): Epsilon of every norm.
@@ -550,10 +539,8 @@ class MagiHumanTransformer3DModel(
     ) -> None:
         super().__init__()
         if num_attention_heads % num_key_value_heads != 0:
-            raise ValueError(
-                f"`num_attention_heads`={num_attention_heads} must be a multiple of"
-                f" `num_key_value_heads`={num_key_value_heads}."
-            )
+            multiple = f"a multiple of `num_key_value_heads`={num_key_value_heads}"
+            raise ValueError(f"`num_attention_heads`={num_attention_heads} must be {multiple}.")
         if coordinate_style not in ("v1", "v2"):
             raise ValueError(f"`coordinate_style`={coordinate_style!r} must be 'v1' or 'v2'.")
 
@@ -603,9 +590,6 @@ class MagiHumanTransformer3DModel(
         """
         Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
         the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of these.
-
-        Raises:
-            `ValueError`: The projections are fused.
         """
         self.check_projections_are_unfused()
         super().add_adapter(adapter_config, adapter_name)
@@ -617,11 +601,8 @@ class MagiHumanTransformer3DModel(
 
     def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
         """
-        Runs the feed-forward of every block on `chunk_size` tokens at a time: its wide activations are the largest
-        tensors of a long or large video. The result differs by rounding at most.
-
-        Raises:
-            `ValueError`: `chunk_size` is less than 1.
+        Runs the feed-forward of every block on `chunk_size` tokens, 1 or more, at a time: its wide activations are the
+        largest tensors of a long or large video. The result differs by rounding at most.
         """
         if chunk_size < 1:
             raise ValueError(f"`chunk_size`={chunk_size} must be 1 or more.")
@@ -689,9 +670,8 @@ class MagiHumanTransformer3DModel(
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, rotary_emb, layout, attention_mask, dtype
-                )
+                inputs = (hidden_states, rotary_emb, layout, attention_mask, dtype)
+                hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
                 hidden_states = block(hidden_states, rotary_emb, layout, attention_mask, dtype)
 
@@ -713,23 +693,18 @@ class MagiHumanTransformer3DModel(
     def _get_layout(self, video: Tensor, audio: Tensor, text: Tensor) -> SequenceLayout:
         config = self.config
         if video.ndim != 5 or video.shape[1] != config.in_channels:
-            raise ValueError(
-                f"`hidden_states` must have shape (batch_size, {config.in_channels}, num_frames, height, width), but"
-                f" has {tuple(video.shape)}."
-            )
+            shape = f"(batch_size, {config.in_channels}, num_frames, height, width)"
+            raise ValueError(f"`hidden_states` must have shape {shape}, but has {tuple(video.shape)}.")
         if any(size % patch for size, patch in zip(video.shape[2:], config.patch_size, strict=True)):
-            raise ValueError(
-                f"Frames, height and width of `hidden_states` {tuple(video.shape[2:])} must be multiples of"
-                f" `patch_size`={tuple(config.patch_size)}."
-            )
+            sizes, multiples = tuple(video.shape[2:]), f"multiples of `patch_size`={tuple(config.patch_size)}"
+            raise ValueError(f"Frames, height and width of `hidden_states`, {sizes}, must be {multiples}.")
         for name, states, channels in (
             ("audio_hidden_states", audio, config.audio_in_channels),
             ("encoder_hidden_states", text, config.text_in_channels),
         ):
             if states.ndim != 3 or states.shape[0] != video.shape[0] or states.shape[2] != channels:
-                raise ValueError(
-                    f"`{name}` must have shape ({video.shape[0]}, length, {channels}), but has {tuple(states.shape)}."
-                )
+                shape = f"({video.shape[0]}, length, {channels})"
+                raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(states.shape)}.")
         if config.coordinate_style == "v1" and (text.shape[1] == 1 or (audio.shape[1] == 1 and video.shape[2] > 1)):
             raise ValueError(
                 f"`coordinate_style`='v1' stretches text and audio over the video, so each needs two tokens or more,"
