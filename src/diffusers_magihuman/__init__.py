@@ -17,7 +17,6 @@ from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .tools.embedded import embedded_model
 from .transformer_magihuman import QUANTIZATION_SKIP_MODULES, MagiHumanTransformer3DModel
 
-
 __version__ = "0.1.0.dev0"
 
 __all__ = [

@@ -13,7 +13,6 @@ from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, patchify, unpatchify
@@ -21,7 +20,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-
+from torch import Tensor, nn
 
 # Statistics of the 48 latent channels of the Wan 2.2 VAE.
 # fmt: off
@@ -44,13 +43,13 @@ PATCH_SIZE = 2  # height and width of the square of pixels that is folded into c
 ORIGINAL_OPTIONS = {"decoder_causal": False, "patch_size": PATCH_SIZE, "patch_size_t": 1, "scaling_factor": 1.0}
 
 
-def rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+def rms_norm(hidden_states: Tensor, eps: float = 1e-8) -> Tensor:
     """Scale every position of `(batch_size, channels, ...)` to mean square 1 over its channels, in float32."""
     mean_square = hidden_states.float().pow(2).mean(dim=1, keepdim=True)
     return (hidden_states * torch.rsqrt(mean_square + eps)).to(hidden_states.dtype)
 
 
-def apply_to_frames(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def apply_to_frames(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """Run a module for images on every frame of `(batch_size, channels, num_frames, height, width)`."""
     frames = module(hidden_states.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (hidden_states.shape[0], -1)).transpose(1, 2)
@@ -84,7 +83,7 @@ class MagiHumanTurboConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, *spatial_padding), groups=groups)
         self.frame_padding = frame_padding
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         if self.frame_padding:
             first = [hidden_states[:, :, :1]] * self.frame_padding
             last = [hidden_states[:, :, -1:]] * self.frame_padding
@@ -104,7 +103,7 @@ class MagiHumanTurboSeparableConv3d(nn.Module):
         self.depthwise_conv = MagiHumanTurboConv3d(in_channels, in_channels, kernel_size, groups=in_channels)
         self.pointwise_conv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.pointwise_conv(self.depthwise_conv(hidden_states))
 
 
@@ -119,7 +118,7 @@ class MagiHumanTurboResnetBlock3d(nn.Module):
         out_channels: int,
         separable_kernel_size: int | None,
         shortcut_norm_eps: float,
-        first_activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+        first_activation: Callable[[Tensor], Tensor] = F.silu,
     ) -> None:
         super().__init__()
         conv_class = MagiHumanTurboConv3d if separable_kernel_size is None else MagiHumanTurboSeparableConv3d
@@ -130,7 +129,7 @@ class MagiHumanTurboResnetBlock3d(nn.Module):
         self.shortcut_norm_eps = shortcut_norm_eps
         self.conv_shortcut = conv_class(in_channels, out_channels, (1, 1, 1)) if in_channels != out_channels else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
         hidden_states = self.conv1(self.first_activation(rms_norm(hidden_states)))
         hidden_states = self.conv2(F.silu(rms_norm(hidden_states)))
@@ -149,7 +148,7 @@ class MagiHumanTurboUpsampler3d(nn.Module):
             nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         )
 
-    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, is_first_chunk: bool) -> Tensor:
         if self.time_conv is not None:
             # (batch_size, 2 * channels, num_frames, ...) -> (batch_size, channels, 2 * num_frames, ...)
             hidden_states = self.time_conv(hidden_states).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
@@ -180,7 +179,7 @@ class MagiHumanTurboBlock3d(nn.Module):
         resnet = (out_channels, out_channels, *resnet, F.relu if upsample else F.silu)
         self.resnets = nn.ModuleList(MagiHumanTurboResnetBlock3d(*resnet) for _ in range(num_layers))
 
-    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, is_first_chunk: bool) -> Tensor:
         if self.conv_in is not None:
             hidden_states = self.conv_in(hidden_states)
         for upsampler in self.upsamplers:
@@ -223,9 +222,7 @@ class MagiHumanTurboDecoder3d(nn.Module):
         self.tile_margin, scale = margin_and_scale(in_tiles.modules())
         self.tile_scale = scale * PATCH_SIZE
 
-    def forward(
-        self, hidden_states: torch.Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None) -> Tensor:
         """
         Decodes latents `(batch_size, latent_channels, num_frames, height, width)` to `(batch_size, out_channels,
         4 * num_frames, 16 * height, 16 * width)`, or 3 frames less if `is_first_chunk`: the first latent frame of a
@@ -250,7 +247,7 @@ class MagiHumanTurboDecoder3d(nn.Module):
             rows.append(torch.cat(row, dim=4))
         return torch.cat(rows, dim=3)
 
-    def _to_pixels(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+    def _to_pixels(self, hidden_states: Tensor, is_first_chunk: bool) -> Tensor:
         for up_block in self.up_blocks[1:]:
             hidden_states = up_block(hidden_states, is_first_chunk)
         hidden_states = F.silu(rms_norm(hidden_states))
@@ -376,7 +373,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
         self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+    def _encode(self, x: Tensor) -> Tensor:
         x = patchify(x, PATCH_SIZE)
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         # The encoder changes both in place. The hooks of offloading would replace plain lists by copies.
@@ -387,9 +384,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.quant_conv(torch.cat(encoded, dim=2))
 
     @apply_forward_hook
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
         Encode videos, exactly as the Wan 2.2 VAE does, to the distribution of their latents, not normalised, of shape
         `(batch_size, latent_channels, k + 1, height / 16, width / 16)`.
@@ -409,7 +404,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode_windows(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    def decode_windows(self, z: Tensor) -> Iterator[Tensor]:
         """
         Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts of
         what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
@@ -434,7 +429,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
             yield frames[:, :, num_before * ratio : frames.shape[2] - num_cut * ratio]
 
     @apply_forward_hook
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """
         Decode latents, in tiles after [`~AutoencoderKLMagiHumanTurbo.enable_tiling`], to videos `(batch_size,
         out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but not clamped.
@@ -449,11 +444,11 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def forward(
         self,
-        sample: torch.Tensor,
+        sample: Tensor,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[torch.Tensor]:
+    ) -> DecoderOutput | tuple[Tensor]:
         """Encode videos, draw latents by `generator` or take the mode of their distribution, and decode them again."""
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()

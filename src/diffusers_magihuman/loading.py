@@ -16,13 +16,13 @@ from diffusers import AutoencoderKLWan, AutoencoderOobleck, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoTokenizer, T5GemmaConfig, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .conversion import Rule, check_names_and_shapes, check_variant, convert_tensors, guess_variant, plan_transformer
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .transformer_magihuman import MagiHumanTransformer3DModel
-
 
 ORIGINAL = "GAIR/daVinci-MagiHuman"
 TEXT_ENCODER = "google/t5gemma-9b-9b-ul2"
@@ -43,7 +43,7 @@ class LazyTensors(UserDict[str, Any]):
             with open_safetensors(path) as file:
                 self.shapes |= {x: torch.Size(file.get_slice(x).get_shape()) for x in files if files[x] == path}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         with open_safetensors(self.data[name]) as file:
             return file.get_tensor(name)
 
@@ -159,9 +159,7 @@ def turbo_vae_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
     return rules
 
 
-def convert_turbo_vae_state_dict(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
+def convert_turbo_vae_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Converts a decoder by the original's names, `decoder.` before each, to ours; a `ValueError` if one does not fit.
 
     Keys of `config` that [`AutoencoderKLMagiHumanTurbo`] does not know are ignored.

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelModelPlan, ContextParallelOutput
 from diffusers.models.attention_dispatch import SeqAllToAllDim
+from torch import Tensor, nn
 
 from .caches import check_cache
-
 
 AnyParallelConfig = ParallelConfig | ContextParallelConfig | TensorParallelConfig
 CONTEXT_PARALLEL_PLAN: ContextParallelModelPlan = {
@@ -41,12 +40,12 @@ def make_tensor_parallel_plan(transformer_blocks: nn.ModuleList) -> dict[str, st
     return plan
 
 
-def pad_to_multiple(states: torch.Tensor, multiple: int) -> torch.Tensor:
+def pad_to_multiple(states: Tensor, multiple: int) -> Tensor:
     """Adds zeros at the end of dimension 1 until its length is a multiple."""
     return F.pad(states, [0, 0] * (states.ndim - 2) + [0, -states.shape[1] % multiple])
 
 
-def to_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> torch.Tensor:
+def to_shards(states: Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> Tensor:
     """Pads every modality and orders the sequence (dimension 1) shard by shard."""
     if num_shards == 1:
         return states
@@ -55,7 +54,7 @@ def to_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shard
     return torch.cat(parts, dim=2).flatten(1, 2)
 
 
-def from_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> torch.Tensor:
+def from_shards(states: Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> Tensor:
     """Undoes `to_shards`."""
     shard_lengths = [-(-length // num_shards) for length in modality_lengths]
     parts = states.unflatten(1, (num_shards, -1)).split(shard_lengths, dim=2)
@@ -69,7 +68,7 @@ def ulysses_group(parallel_config: ParallelConfig | None) -> "dist.ProcessGroup 
     return None if context is None else context._ulysses_mesh.get_group()
 
 
-def gather_sequence(states: torch.Tensor, lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
+def gather_sequence(states: Tensor, lengths: tuple[int, ...], group: "dist.ProcessGroup") -> Tensor:
     """From a shard of the sequence and all heads to the whole sequence and an equal part of the heads."""
     num_shards, num_heads = group.size(), states.shape[2]
     if num_heads % num_shards:  # only so far that every process has one
@@ -77,7 +76,7 @@ def gather_sequence(states: torch.Tensor, lengths: tuple[int, ...], group: "dist
     return from_shards(SeqAllToAllDim.apply(group, states, 2, 1), lengths, num_shards)
 
 
-def gather_heads(states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
+def gather_heads(states: Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup") -> Tensor:
     """Undoes `gather_sequence`."""
     return SeqAllToAllDim.apply(group, to_shards(states, modality_lengths, group.size()), 1, 2)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
@@ -88,9 +89,9 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         width: int,
         generator: Generators,
         device: torch.device,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        latents: Tensor | None = None,
+        audio_latents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """
         Draws the initial noise, the audio's before the video's as the original does, unless it is given.
 
@@ -121,14 +122,14 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         low_noise_guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-        image_latents: torch.Tensor | None = None,
-        conditioning_audio_latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        latents: Tensor | None = None,
+        audio_latents: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        conditioning_audio_latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -254,7 +255,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         )
 
         # 6. Denoise; given audio stays as it is
-        def guidance_at(timestep: torch.Tensor) -> float:
+        def guidance_at(timestep: Tensor) -> float:
             if timestep > 0.5 * self.scheduler.config.num_train_timesteps:
                 return self.guidance_scale
             return min(2.0, self.guidance_scale) if low_noise_guidance_scale is None else low_noise_guidance_scale

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
@@ -30,7 +31,7 @@ from .pipeline_base import (
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
-def zero_snr_signal_scales() -> torch.Tensor:
+def zero_snr_signal_scales() -> Tensor:
     """
     Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise; scaled-linear
     and stretched so that they end in pure noise ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
@@ -122,15 +123,15 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
     def prepare_latents(
         self,
-        latents: torch.Tensor,
-        audio_latents: torch.Tensor | None,
+        latents: Tensor,
+        audio_latents: Tensor | None,
         height: int,
         width: int,
         noise_level: int,
         audio_noise_scale: float,
         generator: Generators,
         device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """
         Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width` in
         pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the video's
@@ -163,9 +164,9 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         video: VideoInput | list[VideoInput] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         audio: AudioInput | list[AudioInput] | None = None,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-        image_latents: torch.Tensor | None = None,
+        latents: Tensor | None = None,
+        audio_latents: Tensor | None = None,
+        image_latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 5,
@@ -175,10 +176,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         noise_level: int = 220,
         audio_noise_scale: float = 0.7,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -302,7 +303,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         )
 
         # 6. Denoise the video; the noisy audio stays as it is
-        def guidance_at(_timestep: torch.Tensor) -> torch.Tensor:
+        def guidance_at(_timestep: Tensor) -> Tensor:
             scale = latents.new_full((1, 1, latents.shape[2], 1, 1), self.guidance_scale)
             scale[:, :, :num_leading_frames].clamp_(max=leading_guidance_scale)
             return scale

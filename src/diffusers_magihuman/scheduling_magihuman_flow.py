@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers import UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 
 class MagiHumanFlowScheduler(UniPCMultistepScheduler):
@@ -66,13 +67,13 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
 
     def step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: torch.Tensor | None = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:
         """
         Goes from one noise level to the next; `ValueError` before `set_timesteps`.
 
@@ -97,9 +98,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         self._step_index += 1
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mixes samples with noise (drawn if left out), `(1 - sigma) * sample + sigma * noise`, as Diffusers' other
         flow schedulers do; `timestep` of shape `(batch_size,)` is out of `timesteps`."""
         if noise is None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor
 
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
@@ -16,9 +17,9 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 class FlowMatchingLoss(NamedTuple):
     """The weighted sum of two losses, to go backward from, and both, the mean squared errors of velocity, detached."""
 
-    loss: torch.Tensor
-    video_loss: torch.Tensor
-    audio_loss: torch.Tensor
+    loss: Tensor
+    video_loss: Tensor
+    audio_loss: Tensor
 
 
 def sample_noise_levels(
@@ -27,7 +28,7 @@ def sample_noise_levels(
     shift: float = 5.0,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
+) -> Tensor:
     """
     Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
 
@@ -47,29 +48,29 @@ def sample_noise_levels(
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def expand_as(values: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def expand_as(values: Tensor, states: Tensor) -> Tensor:
     """Views one value for each sample, `(batch_size,)`, so that it multiplies states of any number of dimensions."""
     return values.view(-1, *[1] * (states.ndim - 1))
 
 
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, noise_levels: torch.Tensor) -> torch.Tensor:
+def add_noise(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
     """Mixes latents with noise on a straight line, `(1 - level) * latents + level * noise`."""
     levels = expand_as(noise_levels, latents)
     return (1 - levels) * latents + levels * noise
 
 
-def predict_clean(noisy: torch.Tensor, velocity: torch.Tensor, noise_levels: torch.Tensor) -> torch.Tensor:
+def predict_clean(noisy: Tensor, velocity: Tensor, noise_levels: Tensor) -> Tensor:
     """Follows the velocity from noisy latents to clean ones, `noisy - level * velocity`."""
     return noisy - expand_as(noise_levels, noisy) * velocity
 
 
 def drop_text(
-    prompt_embeds: torch.Tensor,
-    prompt_embeds_mask: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor,
+    negative_prompt_embeds: Tensor,
     probability: float,
     generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """
     Replaces the text of some samples by the negative prompt, which classifier-free guidance needs. Returns embeddings
     and mask, padded to the longer of the two lengths.
@@ -91,16 +92,16 @@ def drop_text(
 
 def flow_matching_loss(
     transformer: MagiHumanTransformer3DModel,
-    latents: torch.Tensor,
-    audio_latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    prompt_embeds_mask: torch.Tensor | None,
-    noise_levels: torch.Tensor,
+    latents: Tensor,
+    audio_latents: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None,
+    noise_levels: Tensor,
     video_weight: float = 1.0,
     audio_weight: float = 1.0,
-    image_probability: float | torch.Tensor = 0.0,
-    audio_probability: float | torch.Tensor = 0.0,
-    latent_weights: torch.Tensor | None = None,
+    image_probability: float | Tensor = 0.0,
+    audio_probability: float | Tensor = 0.0,
+    latent_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> FlowMatchingLoss:
     """
@@ -137,7 +138,7 @@ def flow_matching_loss(
     return FlowMatchingLoss(loss, video_loss.detach(), audio_loss.detach())
 
 
-def masked_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the values; weights broadcast to them, a mask is one of 0 and 1; 0 where all weights are."""
     weights = weights.expand_as(values).to(values.dtype)
     return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -145,13 +146,13 @@ def masked_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def upscale_loss(
     transformer: MagiHumanTransformer3DModel,
-    latents: torch.Tensor,
-    low_latents: torch.Tensor,
-    audio_latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    prompt_embeds_mask: torch.Tensor | None,
-    noise_levels: torch.Tensor,
-) -> torch.Tensor:
+    latents: Tensor,
+    low_latents: Tensor,
+    audio_latents: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None,
+    noise_levels: Tensor,
+) -> Tensor:
     """
     Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise.
 
@@ -165,9 +166,7 @@ def upscale_loss(
     return F.mse_loss(velocity, low_latents - latents)
 
 
-def distribution_matching_loss(
-    generated: torch.Tensor, real_prediction: torch.Tensor, fake_prediction: torch.Tensor
-) -> torch.Tensor:
+def distribution_matching_loss(generated: Tensor, real_prediction: Tensor, fake_prediction: Tensor) -> Tensor:
     """
     Loss whose gradient moves generated latents from where a model of them is to where the teacher is
     (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)). Its value means little; its gradient is the

@@ -37,7 +37,6 @@ from .parallel import (
 )
 from .single_file import MagiHumanSingleFileMixin
 
-
 if TYPE_CHECKING:
     from peft import PeftConfig
 

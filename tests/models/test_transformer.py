@@ -19,7 +19,6 @@ from diffusers_magihuman.transformer_magihuman import (
     join,
 )
 
-
 CASES = ("dit_base", "dit_v1coords", "dit_local_attn", "dit_postnorm")
 
 
