@@ -33,13 +33,9 @@ __all__ = [
     "load_audio",
 ]
 
-for _class in (
-    AutoencoderKLMagiHumanTurbo,
-    MagiHumanAudioVideoPipeline,
-    MagiHumanFlowScheduler,
-    MagiHumanLatentUpscalePipeline,
-    MagiHumanTransformer3DModel,
-):
-    setattr(diffusers, _class.__name__, _class)
-    if issubclass(_class, diffusers.DiffusionPipeline):
-        setattr(diffusers.pipelines, _class.__name__, _class)
+for _name in __all__:
+    _class = globals()[_name]
+    if isinstance(_class, type) and issubclass(_class, diffusers.ConfigMixin):
+        setattr(diffusers, _name, _class)
+        if issubclass(_class, diffusers.DiffusionPipeline):
+            setattr(diffusers.pipelines, _name, _class)

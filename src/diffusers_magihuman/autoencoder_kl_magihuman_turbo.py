@@ -318,22 +318,14 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_blocks = len(decoder_block_out_channels)
         num_more = {"layers_per_block": 1, "spatio_temporal_scaling": 0, "spatio_only": 0, "is_dw_conv": 1}
         for name, more in num_more.items():
-            value, length = self.config[f"decoder_{name}"], num_blocks + more
-            if len(value) != length:
-                raise ValueError(
-                    f"`decoder_{name}` must have {length} entries for {num_blocks} blocks, but is {value}."
-                )
+            value = self.config[f"decoder_{name}"]
+            if len(value) != num_blocks + more:
+                raise ValueError(f"`decoder_{name}`={value} must have {num_blocks + more} entries.")
         self.encoder = self.quant_conv = None
         if encoder_base_dim is not None:
-            self.encoder = WanEncoder3d(
-                in_channels * PATCH_SIZE**2,
-                dim=encoder_base_dim,
-                z_dim=2 * latent_channels,
-                dim_mult=list(encoder_dim_mult),
-                num_res_blocks=encoder_num_res_blocks,
-                temperal_downsample=encoder_temporal_downsample,
-                is_residual=True,
-            )
+            widths = in_channels * PATCH_SIZE**2, encoder_base_dim, 2 * latent_channels, list(encoder_dim_mult)
+            options = {"temperal_downsample": encoder_temporal_downsample, "is_residual": True}
+            self.encoder = WanEncoder3d(*widths, num_res_blocks=encoder_num_res_blocks, **options)
             self.quant_conv = WanCausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.decoder = MagiHumanTurboDecoder3d(self.config)
         scalings = list(zip(decoder_spatio_temporal_scaling, decoder_spatio_only, strict=True))
@@ -360,9 +352,9 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         Decode in tiles, to save memory with large videos; the arguments are a tile's height and width in pixels, at
         most, 544 and 480 unless set before. `ValueError` for what is no multiple of `spatial_compression_ratio`.
 
-        Only the end of the decoder, whose feature maps are large, runs on tiles; each has a margin as wide as its
-        convolutions see, which is cut off again. So the tiles meet without seams or blending: the result differs from
-        an untiled one by rounding alone. The margin costs time, the more the smaller the tiles.
+        Only the end of the decoder, whose feature maps are large, runs on tiles, each with a margin as wide as its
+        convolutions see. So they meet without seams: the result differs from an untiled one by rounding alone. The
+        margin costs time, the more the smaller the tiles.
         """
         multiple = self.spatial_compression_ratio
         sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
@@ -386,13 +378,10 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
-        Encode videos, exactly as the Wan 2.2 VAE does, to the distribution of their latents, not normalised, of shape
-        `(batch_size, latent_channels, k + 1, height / 16, width / 16)`.
-
-        Args:
-            x (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`): Videos in [-1, 1];
-                height and width are multiples of 16. An image is a video of one frame; `ValueError` for other numbers.
-            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` instead of a tuple.
+        Encode videos `(batch_size, in_channels, 4 * k + 1, height, width)` in [-1, 1], of height and width multiples
+        of 16, exactly as the Wan 2.2 VAE does, to the distribution of their latents `(batch_size, latent_channels,
+        k + 1, height / 16, width / 16)`, not normalised. An image is a video of one frame; `ValueError` for other
+        numbers of frames.
         """
         if self.encoder is None:
             raise ValueError("This model has no encoder: load one along, `load_original_turbo_vae(encoder=...)`.")
@@ -431,13 +420,9 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """
-        Decode latents, in tiles after [`~AutoencoderKLMagiHumanTurbo.enable_tiling`], to videos `(batch_size,
-        out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but not clamped.
-
-        Args:
-            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`): Latents, not
-                normalised: `z * latents_std + latents_mean` of what a transformer gives.
-            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` instead of a tuple.
+        Decode latents `(batch_size, latent_channels, num_frames, height, width)`, not normalised: `z * latents_std +
+        latents_mean` of what a transformer gives. Videos come as `(batch_size, out_channels, 4 * num_frames - 3,
+        16 * height, 16 * width)`, about in [-1, 1] but not clamped, in tiles after `enable_tiling`.
         """
         decoded = torch.cat(list(self.decode_windows(z)), dim=2)
         return DecoderOutput(sample=decoded) if return_dict else (decoded,)

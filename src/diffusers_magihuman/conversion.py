@@ -126,8 +126,7 @@ def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict
 
 
 def transformer_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """
-    Reads the arguments of [`MagiHumanTransformer3DModel`] off the shapes of tensors with canonical or split names.
+    """Reads the arguments of [`MagiHumanTransformer3DModel`] off the shapes of tensors with canonical or split names.
 
     Shapes do not tell the positions of audio and text (`coordinate_style`) nor which layers attend locally; both keep
     the base model's values. Meta tensors will do. Raises a `ValueError` if names that it is read from are missing.

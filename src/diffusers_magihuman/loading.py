@@ -132,9 +132,8 @@ def load_original_transformer(
         dtype (`torch.dtype`): What the linears compute in; norms, embedders and heads are always float32.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the download.
 
-    Raises:
-        `ValueError`: The variant cannot be guessed, or tensors do not fit.
-        `OSError`: A file or repository is missing, damaged or not accessible.
+    `ValueError`: the variant cannot be guessed, or tensors do not fit; `OSError`: a file or repository is missing,
+    damaged or not accessible.
     """
     variant = check_variant(variant or guess_variant(path_or_repo, subfolder))
     source = open_transformer(path_or_repo, subfolder, variant, **hub_kwargs)
@@ -161,9 +160,7 @@ def turbo_vae_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
 
 def convert_turbo_vae_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Converts a decoder by the original's names, `decoder.` before each, to ours; a `ValueError` if one does not fit.
-
-    Keys of `config` that [`AutoencoderKLMagiHumanTurbo`] does not know are ignored.
-    """
+    Keys of `config` that [`AutoencoderKLMagiHumanTurbo`] does not know are ignored."""
     rules = turbo_vae_rules(config)
     check_names_and_shapes(state_dict, rules)
     return dict(convert_tensors(state_dict, rules))
@@ -177,19 +174,13 @@ def load_original_turbo_vae(
     **hub_kwargs: Any,
 ) -> AutoencoderKLMagiHumanTurbo:
     """
-    Loads the Turbo VAE from the published checkpoint, a pickle of plain tensors, or from safetensors.
+    Loads the Turbo VAE from the published checkpoint, a pickle of plain tensors (`OSError` for more), or safetensors.
 
     Args:
-        path_or_repo (`str` or `os.PathLike`): A file, a directory, or a repository on the Hub.
+        path_or_repo, hub_kwargs: See [`load_original_transformer`], also for errors; `dtype` is that of all weights.
         subfolder (`str`, *optional*): Directory within it; `"turbo_vae"` if there is one, and of a repository.
         encoder (`str` or `os.PathLike`, *optional*): Wan 2.2 VAE in Diffusers format whose encoder is taken along, a
             directory or a repository with a folder `vae`. Without it the model only decodes.
-        dtype (`torch.dtype`): Dtype of all weights.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the download.
-
-    Raises:
-        `ValueError`: Tensors do not fit.
-        `OSError`: A file or repository is missing, damaged, not accessible, or a pickle that holds more than tensors.
     """
     if subfolder is None and (not os.path.exists(path_or_repo) or (Path(path_or_repo) / "turbo_vae").is_dir()):
         subfolder = "turbo_vae"
@@ -225,9 +216,8 @@ def load_text_encoder(
     path_or_repo: Source = TEXT_ENCODER, dtype: torch.dtype = torch.bfloat16, **hub_kwargs: Any
 ) -> tuple[Any, T5GemmaEncoderModel]:
     """
-    Loads T5Gemma's tokenizer and encoder; shards that hold nothing but decoder are not downloaded.
-
-    `dtype` is that of all weights; `hub_kwargs` and errors are those of [`load_original_transformer`].
+    Loads T5Gemma's tokenizer and encoder, whose weights come in `dtype`; shards that hold nothing but decoder are not
+    downloaded. `hub_kwargs` and errors are those of [`load_original_transformer`].
     """
     tokenizer, tensors, rules, config = open_text_encoder(path_or_repo, **hub_kwargs)
     weights = dict(convert_tensors(tensors, rules, dtype))

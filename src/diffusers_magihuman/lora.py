@@ -41,19 +41,15 @@ LORA_KINDS = {suffix: kind for kind, suffixes in LORA_SUFFIXES.items() for suffi
 def convert_lora_state_dict(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """
-    Converts a LoRA to the names of [`MagiHumanTransformer3DModel`] and of PEFT.
+    """Converts a LoRA to the names of [`MagiHumanTransformer3DModel`] and of PEFT.
 
     Modules may have the original's names, canonical or split, or ours; tensors the suffixes of `LORA_SUFFIXES`. A
     `diff` becomes a LoRA of full rank; one that is zero, as tools write for norms, is left out.
 
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, float]]`: Tensors by their names in PEFT, and the alpha of each
-        linear, the rank where none is given; the names of both begin with `transformer.`.
-
-    Raises:
-        `ValueError`: Lists modules that are unknown or given twice, tensors that are misshapen or lack another one,
-            and what a LoRA in PEFT cannot hold: changes of norms and biases, DoRA or biases of some modules only.
+    Returns tensors by their names in PEFT, and the alpha of each linear, the rank where none is given; the names of
+    both begin with `transformer.`. A `ValueError` lists modules that are unknown or given twice, tensors that are
+    misshapen or lack another one, and what a LoRA in PEFT cannot hold: changes of norms and biases, DoRA or biases of
+    some modules only.
     """
     rules = transformer_rules(config) | transformer_rules(config, is_split=True)
     rules |= {name: Rule({name: shape}) for rule in rules.values() for name, shape in rule.targets.items()}
@@ -159,9 +155,8 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip the initialisation of the new weights.
             kwargs: How to find and read the file, such as `weight_name`, `subfolder`, `revision`, `use_safetensors`.
 
-        Raises:
-            `ValueError`: PEFT is missing, projections are fused, or the LoRA does not fit; nothing is changed then.
-            `OSError`: A file or repository is missing, damaged or not accessible, or a pickle of more than tensors.
+        `ValueError`: PEFT is missing, projections are fused, or the LoRA does not fit; nothing is changed then.
+        `OSError`: a file or repository is missing, damaged or not accessible, or a pickle of more than tensors.
         """
         source = pretrained_model_name_or_path_or_dict
         self.transformer.check_projections_are_unfused()

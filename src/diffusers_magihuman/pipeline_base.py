@@ -390,9 +390,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the float32 parts.
             kwargs: See [`~checkpoints.load_original_components`]: `subfolder`, the other repositories, downloads.
 
-        Raises:
-            `ValueError`: The variant is not one of this pipeline, cannot be guessed, or tensors do not fit.
-            `OSError`: A repository is missing, or gated: it is named with the page where access is granted.
+        `ValueError`: the variant is not one of this pipeline, cannot be guessed, or tensors do not fit. `OSError`: a
+        repository is missing, or gated: it is named with the page where access is granted.
         """
         variant = variant or guess_variant(path_or_repo, kwargs.get("subfolder"))
         if variant not in cls.original_variants:
@@ -420,10 +419,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         return (batch_size, config.in_channels, frames, *size), (batch_size, num_frames, config.audio_in_channels)
 
     def check_inputs(self, inputs: Inputs, has_audio: bool = True) -> int:
-        """
-        Checks what both pipelines take, among the arguments of the call by name, defaults filled in and files read;
-        `has_audio` is whether audio comes out. Returns the number of prompts.
-        """
+        """Checks, before any model runs, what both pipelines take, among the arguments of the call by name, defaults
+        filled in and files read; `has_audio` is whether audio comes out. Returns the number of prompts, or raises a
+        `ValueError` that names the argument, its value and what is allowed."""
         scales = {"guidance_scale": self.guidance_scale, "audio_guidance_scale": self.audio_guidance_scale}
         check_numbers(inputs | scales)
         multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
@@ -470,16 +468,11 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         r"""
-        Encodes prompts, each alone as the original does, rounded to float16.
+        Encodes prompts, each alone as the original does, rounded to float16, on `device`. All arguments are those of
+        the call, but `do_classifier_free_guidance`: whether negative embeddings are wanted.
 
-        Args:
-            do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
-            num_videos_per_prompt (`int`, defaults to 1): How often each embedding is repeated.
-            device (`torch.device`, *optional*): Where to encode. All other arguments are those of the call.
-
-        Returns:
-            `tuple`: Float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then
-            both for the negative prompts, `None` without guidance.
+        Returns float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then both
+        for the negative prompts, `None` without guidance.
         """
         options = max_sequence_length, device or self._execution_device, num_videos_per_prompt
         texts, given = [prompt] if isinstance(prompt, str) else prompt, (prompt_embeds, prompt_embeds_mask)

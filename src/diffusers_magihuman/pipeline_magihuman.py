@@ -59,15 +59,11 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
-        self.register_to_config(is_distilled=is_distilled, default_guidance_scale=default_guidance_scale)
-        self.register_to_config(default_height=default_height, default_width=default_width)
-        self.register_to_config(default_num_frames=default_num_frames)
+        self.register_to_config(is_distilled=is_distilled, default_height=default_height, default_width=default_width)
+        self.register_to_config(default_num_frames=default_num_frames, default_guidance_scale=default_guidance_scale)
 
     def check_inputs(self, inputs: Inputs) -> int:
-        """
-        Checks the arguments of the call by name, defaults filled in and files read, before any model runs. Raises a
-        `ValueError` that names the argument, its value and what is allowed. Returns the number of prompts.
-        """
+        """Checks all arguments, see [`MagiHumanPipeline.check_inputs`]. Returns the number of prompts."""
         num_prompts = super().check_inputs(inputs)
         batch_size = num_prompts * inputs["num_videos_per_prompt"]
         size = (inputs[name] for name in ("num_frames", "height", "width"))
@@ -92,13 +88,9 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         latents: Tensor | None = None,
         audio_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Draws the initial noise, the audio's before the video's as the original does, unless it is given.
-
-        Returns:
-            `tuple`: Float32 latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)`
-            and of the audio `(batch_size, num_frames, audio_channels)`; height and width are in pixels.
-        """
+        """Draws the initial noise, the audio's before the video's as the original does, unless it is given: float32
+        latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)` and of the audio
+        `(batch_size, num_frames, audio_channels)`; height and width are in pixels."""
         shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
         if audio_latents is None:
             audio_latents = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
@@ -182,7 +174,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             >>> import torch
             >>> from diffusers import DiffusionPipeline
             >>> from diffusers_magihuman import export_to_mp4
-
             >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
             >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
             >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
@@ -190,11 +181,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             ```
 
         Returns:
-            [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio.
-
-        Raises:
-            `ValueError`: An argument is wrong; raised before any model runs.
-            `OSError`: `image` or `audio` cannot be read.
+            [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio. `ValueError` for a wrong argument, before any
+            model runs; `OSError` for an `image` or `audio` that cannot be read.
         """
         # 1. Fill in defaults and read files
         default_steps, default_scale = (8, 1.0) if self.config.is_distilled else (32, 5.0)
@@ -269,7 +257,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         # 7. Decode
         frames, audio = latents, audio_latents
         if output_type != "latent":
-            frames = self.decode_latents(latents, output_type)
-            audio = self.decode_audio(audio_latents, output_type)
+            frames, audio = self.decode_latents(frames, output_type), self.decode_audio(audio, output_type)
         self.maybe_free_model_hooks()
         return MagiHumanPipelineOutput(frames=frames, audio=audio) if return_dict else (frames, audio)

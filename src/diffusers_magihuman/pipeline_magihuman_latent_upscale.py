@@ -49,11 +49,9 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
     Args:
         tokenizer, text_encoder, scheduler, vae, audio_vae: See [`MagiHumanPipeline`].
-        transformer ([`MagiHumanTransformer3DModel`]): One for super-resolution, with `coordinate_style="v1"`.
+        transformer ([`MagiHumanTransformer3DModel`]): One for super-resolution, with `coordinate_style="v1"`;
+            `ValueError` for others.
         default_height, default_width (`int`, defaults to 1088 and 1920): Size in pixels when a call names none.
-
-    Raises:
-        `ValueError`: The transformer is not for super-resolution.
     """
 
     original_variants = {
@@ -78,10 +76,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         self.register_to_config(default_height=default_height, default_width=default_width)
 
     def check_inputs(self, inputs: Inputs) -> int:
-        """
-        Checks the arguments of the call by name, defaults filled in and files read, before any model runs. Raises a
-        `ValueError` that names the argument, its value and what is allowed. Returns how many videos a prompt has.
-        """
+        """Checks all arguments, see [`MagiHumanPipeline.check_inputs`]. Returns how many videos a prompt has."""
         check_forms(inputs, "latents", "video", is_needed=True)
         check_forms(inputs, "audio", "audio_latents")
         has_audio = inputs["audio"] is not None or inputs["audio_latents"] is not None
@@ -136,10 +131,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width` in
         pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the video's
         drawn before the audio's as the original does. See the call for `noise_level`, an index into
-        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise.
-
-        Returns:
-            `tuple`: Float32 latents of the video in high resolution, and of the audio that the transformer sees.
+        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise. Returns
+        float32 latents of the video in high resolution, and of the audio that the transformer sees.
         """
         num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
         shape, audio_shape = self.latent_shapes(len(latents), num_frames, height, width)
@@ -234,12 +227,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             >>> import torch
             >>> from diffusers import DiffusionPipeline
             >>> from diffusers_magihuman import export_to_mp4
-
             >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
             >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
             >>> pipe.enable_model_cpu_offload()
             >>> low = pipe(prompt, output_type="latent")
-
             >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
             >>> upscale.enable_model_cpu_offload()
             >>> upscale.vae.enable_tiling()
@@ -249,10 +240,8 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
         Returns:
             [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio; with `"latent"` the audio's latents as given.
-
-        Raises:
-            `ValueError`: An argument is wrong; raised before any model runs.
-            `OSError`: `video`, `image` or `audio` cannot be read.
+            `ValueError` for a wrong argument, before any model runs; `OSError` for a `video`, `image` or `audio` that
+            cannot be read.
         """
         # 1. Fill in defaults and read files
         height = self.config.default_height if height is None else height

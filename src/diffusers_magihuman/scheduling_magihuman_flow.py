@@ -77,12 +77,9 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         """
         Goes from one noise level to the next; `ValueError` before `set_timesteps`.
 
-        Args:
-            model_output, sample (`torch.Tensor`): Velocity, and sample at the current noise level, of one shape.
-            timestep (`int` or `torch.Tensor`): The current timestep; only the first call of a run looks it up.
-            generator (`torch.Generator` or a list of them, *optional*): Draws the noise of the `"renoise"` sampler.
-            variance_noise (`torch.Tensor`, *optional*): That noise itself, of the shape of `sample`.
-            return_dict (`bool`, defaults to `True`): Whether to return a `SchedulerOutput` instead of a tuple.
+        `model_output` is the velocity of `sample`, at the current noise level and of one shape; only the first call of
+        a run looks `timestep` up. The `"renoise"` sampler adds `variance_noise` of that shape, or draws it by
+        `generator`, one or a list.
         """
         if self.config.sampler == "unipc":
             return super().step(model_output, timestep, sample, return_dict=return_dict)

@@ -55,18 +55,16 @@ class MagiHumanSingleFileMixin(FromOriginalModelMixin):
             quantization_config (`GGUFQuantizationConfig`, *optional*): What a GGUF file needs, and no other takes.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like of the download.
 
-        Raises:
-            `ValueError`: The variant cannot be guessed, or tensors, `quantization_config` or `dtype` do not fit.
+        `ValueError`: the variant cannot be guessed, or tensors, `quantization_config` or `dtype` do not fit.
         """
         checkpoint = pretrained_model_link_or_path_or_dict
         path = "" if isinstance(checkpoint, dict) else str(checkpoint)
         has_gguf = path.endswith(".gguf") if path else any(is_gguf(tensor) for tensor in checkpoint.values())
         if not isinstance(quantization_config, GGUFQuantizationConfig if has_gguf else NoneType):
-            raise ValueError(
-                f"`quantization_config`={quantization_config} must be a `GGUFQuantizationConfig` for a GGUF file, and"
-                f" None for another; {path or 'the dict'} is {'one' if has_gguf else 'none'}. Other quantisers work in"
-                " `from_pretrained`."
+            needed = (
+                "a `GGUFQuantizationConfig`" if has_gguf else "None, as no GGUF is loaded (else: `from_pretrained`)"
             )
+            raise ValueError(f"`quantization_config`={quantization_config} must be {needed} for {path or 'the dict'}.")
         default_dtype = quantization_config.compute_dtype if has_gguf else torch.bfloat16
         dtype = dtype or default_dtype
         if has_gguf and dtype != default_dtype:

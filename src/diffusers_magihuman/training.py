@@ -32,12 +32,9 @@ def sample_noise_levels(
     """
     Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
 
-    Args:
-        batch_size (`int`): Number of samples.
-        weighting (`str`, defaults to `"logit_normal"`): `"logit_normal"`, the logistic function of a normal variable
-            ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`.
-        shift (`float`, defaults to 5.0): Towards noise, as the scheduler's `flow_shift`; 1 for none.
-        generator (`torch.Generator`, *optional*): Makes the draw deterministic; on the same `device`.
+    `weighting` is `"logit_normal"`, the logistic function of a normal variable
+    ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`; `shift` is towards noise, as the
+    scheduler's `flow_shift`, 1 for none. A `generator`, on the same `device`, makes the draw deterministic.
     """
     if weighting not in ("logit_normal", "uniform"):
         raise ValueError(f"`weighting`={weighting!r} must be 'logit_normal' or 'uniform'.")
@@ -72,14 +69,10 @@ def drop_text(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    Replaces the text of some samples by the negative prompt, which classifier-free guidance needs. Returns embeddings
-    and mask, padded to the longer of the two lengths.
-
-    Args:
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Texts, padded at the end.
-        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`): True for real tokens.
-        negative_prompt_embeds (`torch.Tensor` of shape `(1, negative_length, channels)`): Unpadded.
-        probability (`float`): Of each sample to be replaced; a `generator` makes the draw deterministic.
+    Replaces the text of some samples, each with the `probability`, by the negative prompt, which classifier-free
+    guidance needs. Takes embeddings `(batch_size, length, channels)`, padded at the end, their mask, true for real
+    tokens, and negative ones `(1, negative_length, channels)`, unpadded. Returns embeddings and mask, padded to the
+    longer of the two lengths; a `generator` makes the draw deterministic.
     """
     negative_length, (batch_size, length, _) = negative_prompt_embeds.shape[1], prompt_embeds.shape
     missing = max(negative_length - length, 0)
@@ -110,11 +103,10 @@ def flow_matching_loss(
     is and left out of the loss, since the pipelines keep it.
 
     Args:
-        transformer ([`MagiHumanTransformer3DModel`]): The model to train.
         latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`): Video.
         audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Audio.
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
-        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
+        prompt_embeds, prompt_embeds_mask (`torch.Tensor`): Embeddings of the prompts `(batch_size, length, channels)`
+            and, if not all tokens are real, their mask `(batch_size, length)`, true for real ones.
         noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
         video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
         image_probability, audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
@@ -154,12 +146,9 @@ def upscale_loss(
     noise_levels: Tensor,
 ) -> Tensor:
     """
-    Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise.
-
-    Args:
-        transformer, latents, prompt_embeds, prompt_embeds_mask, noise_levels: See [`flow_matching_loss`].
-        low_latents, audio_latents (`torch.Tensor`): Latents in low resolution, resized and noisy, of the shape of
-            `latents`, and noisy ones of the audio, as [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them.
+    Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise:
+    `low_latents`, resized and noisy, of the shape of `latents`, with noisy `audio_latents`, both as
+    [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them. All else is that of [`flow_matching_loss`].
     """
     noisy = add_noise(latents, low_latents, noise_levels)
     velocity, _ = transformer(noisy, audio_latents, prompt_embeds, prompt_embeds_mask, return_dict=False)
@@ -172,12 +161,9 @@ def distribution_matching_loss(generated: Tensor, real_prediction: Tensor, fake_
     (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)). Its value means little; its gradient is the
     difference of the two, divided by the sample's mean distance from the teacher's and by the number of values.
 
-    Args:
-        generated (`torch.Tensor` of shape `(batch_size, ...)`): Clean latents of the student, with gradient.
-        real_prediction (`torch.Tensor`): Clean latents that the teacher, with guidance, predicts from `generated` with
-            noise added, see [`predict_clean`].
-        fake_prediction (`torch.Tensor`): Those that a model of the student's output predicts, which is trained beside
-            the student with [`flow_matching_loss`] on what it generates.
+    `generated` are clean latents of the student `(batch_size, ...)`, with gradient; `real_prediction` those that the
+    teacher, with guidance, predicts from them with noise added, see [`predict_clean`]; `fake_prediction` those that a
+    model of the student's output predicts, trained beside it with [`flow_matching_loss`] on what it generates.
     """
     with torch.no_grad():
         distance = (generated - real_prediction).abs().flatten(1).mean(dim=1).clamp(min=1e-6)

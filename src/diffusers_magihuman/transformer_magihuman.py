@@ -25,16 +25,8 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import Tensor, nn
 
 from .caches import MagiHumanCacheMixin, register_block
-from .parallel import (
-    CONTEXT_PARALLEL_PLAN,
-    MagiHumanParallelMixin,
-    gather_heads,
-    gather_sequence,
-    make_tensor_parallel_plan,
-    pad_to_multiple,
-    to_shards,
-    ulysses_group,
-)
+from .conversion import EXPERTS
+from .parallel import MagiHumanParallelMixin, gather_heads, gather_sequence, pad_to_multiple, to_shards, ulysses_group
 from .single_file import MagiHumanSingleFileMixin
 
 if TYPE_CHECKING:
@@ -43,7 +35,6 @@ if TYPE_CHECKING:
 
 RotaryEmb = tuple[Tensor, Tensor]  # cosine and sine
 
-EXPERTS = ("video", "audio", "text")
 # Small, and what the latents and the text pass through: no quantiser may touch them.
 QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder", "video_proj_out", "audio_proj_out"]
 
@@ -88,13 +79,10 @@ class SequenceLayout:
     def modality_lengths(self) -> tuple[int, int, int]:
         return self.video_length, self.audio_length, self.text_length
 
-    @property
-    def shard_lengths(self) -> tuple[int, ...]:
-        return tuple(-(-length // self.num_shards) for length in self.modality_lengths)
-
     def split(self, states: Tensor, num_experts: int = len(EXPERTS)) -> tuple[Tensor, ...]:
         """Splits the sequence, or the shard of it (dimension 1), into what each expert sees; one expert sees all."""
-        return states.split(self.shard_lengths, dim=1) if num_experts > 1 else (states,)
+        lengths = [-(-length // self.num_shards) for length in self.modality_lengths]
+        return states.split(lengths, dim=1) if num_experts > 1 else (states,)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -367,11 +355,7 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
         self.fused_projections = False
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        rotary_emb: RotaryEmb,
-        layout: SequenceLayout,
-        attention_mask: Tensor | None = None,
+        self, hidden_states: Tensor, rotary_emb: RotaryEmb, layout: SequenceLayout, attention_mask: Tensor | None
     ) -> Tensor:
         return self.processor(self, hidden_states, rotary_emb, layout, attention_mask)
 
@@ -465,12 +449,8 @@ class MagiHumanTransformerBlock(nn.Module):
             for (_, post_norm1, *_), part, attn_part in zip(experts, parts, attn_parts, strict=True)
         ]
         del attn_input, attn_parts  # the feed-forward needs the most memory
-        return join(
-            [
-                part + post_norm2(ff(norm2(part).to(dtype)))
-                for (*_, norm2, ff, post_norm2), part in zip(experts, parts, strict=True)
-            ]
-        )
+        pairs = zip(experts, parts, strict=True)
+        return join([part + post_norm2(ff(norm2(part).to(dtype))) for (*_, norm2, ff, post_norm2), part in pairs])
 
 
 class MagiHumanTransformer3DModel(
@@ -513,7 +493,6 @@ class MagiHumanTransformer3DModel(
     _keep_in_fp32_modules = [*QUANTIZATION_SKIP_MODULES, "norm1", "norm2", "norm_q", "norm_k"]
     _keep_in_fp32_modules += ["post_norm1", "post_norm2", "video_norm_out", "audio_norm_out"]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "proj_out"]
-    _cp_plan = CONTEXT_PARALLEL_PLAN
 
     @register_to_config
     def __init__(
@@ -552,23 +531,15 @@ class MagiHumanTransformer3DModel(
         self.text_embedder = MagiHumanFloat32Linear(text_in_channels, hidden_size)
         self.rope = MagiHumanRotaryPosEmbed(attention_head_dim, rope_theta, coordinate_style)
 
-        self.transformer_blocks = nn.ModuleList(
-            [
-                MagiHumanTransformerBlock(
-                    per_modality=layer in modality_layers,
-                    use_gelu=layer in gelu_layers,
-                    use_post_norm=layer in post_norm_layers,
-                    local_attention_frames=local_attention_frames if layer in local_attention_layers else None,
-                    hidden_size=hidden_size,
-                    num_attention_heads=num_attention_heads,
-                    num_key_value_heads=num_key_value_heads,
-                    head_dim=attention_head_dim,
-                    eps=norm_eps,
-                    is_gated=gated_attention,
-                )
-                for layer in range(num_layers)
-            ]
-        )
+        heads = {"num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads}
+        heads |= {"head_dim": attention_head_dim, "is_gated": gated_attention}
+        self.transformer_blocks = nn.ModuleList()
+        for layer in range(num_layers):
+            window = local_attention_frames if layer in local_attention_layers else None
+            kind = {"per_modality": layer in modality_layers, "use_gelu": layer in gelu_layers}
+            kind |= {"use_post_norm": layer in post_norm_layers, "local_attention_frames": window}
+            block = MagiHumanTransformerBlock(**kind, **heads, hidden_size=hidden_size, eps=norm_eps)
+            self.transformer_blocks.append(block)
 
         self.video_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
         self.audio_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
@@ -578,7 +549,7 @@ class MagiHumanTransformer3DModel(
         # Where the hooks of context parallelism sit: not on linears, which adapters wrap and unwrap.
         self.shard_tokens = nn.Identity()
         self.gather_tokens = nn.Identity()
-        self._tp_plan = make_tensor_parallel_plan(self.transformer_blocks)
+        self._tp_plan = self.make_tensor_parallel_plan()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -594,9 +565,10 @@ class MagiHumanTransformer3DModel(
         super().add_adapter(adapter_config, adapter_name)
 
     def check_projections_are_unfused(self) -> None:
-        """Raises a `ValueError` after `fuse_qkv_projections`: an adapter of `to_q` would not be read."""
+        """Raises a `ValueError` after `fuse_qkv_projections`: `to_q`, its adapter or its shard would not be read."""
         if any(block.attn.fused_projections for block in self.transformer_blocks):
-            raise ValueError("Fused projections would ignore a LoRA: call `unfuse_qkv_projections()` first.")
+            fix = "call `unfuse_qkv_projections()` first"
+            raise ValueError(f"Fused projections can neither have a LoRA nor be split: {fix}.")
 
     def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
         """
@@ -635,13 +607,10 @@ class MagiHumanTransformer3DModel(
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): Boolean, true for
                 real tokens; padding may stand anywhere. Left out, all are real, and attention needs no mask.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers for this call.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`].
+            return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`], or the
+                tuple of its two tensors.
 
-        Returns:
-            [`MagiHumanTransformer3DModelOutput`] or the tuple of its two tensors.
-
-        Raises:
-            `ValueError`: A shape does not fit the config.
+        `ValueError`: a shape does not fit the config.
         """
         layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
         patch_size, dtype = self.config.patch_size, self.dtype
@@ -705,9 +674,7 @@ class MagiHumanTransformer3DModel(
                 shape = f"({video.shape[0]}, length, {channels})"
                 raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(states.shape)}.")
         if config.coordinate_style == "v1" and (text.shape[1] == 1 or (audio.shape[1] == 1 and video.shape[2] > 1)):
-            raise ValueError(
-                f"`coordinate_style`='v1' stretches text and audio over the video, so each needs two tokens or more,"
-                f" but there are {text.shape[1]} text tokens and {audio.shape[1]} audio tokens."
-            )
+            found = f"there are {text.shape[1]} of text and {audio.shape[1]} of audio"
+            raise ValueError(f"`coordinate_style`='v1' needs two tokens or more of text and audio, but {found}.")
         grid = (size // patch for size, patch in zip(video.shape[2:], config.patch_size, strict=True))
         return SequenceLayout(*grid, audio.shape[1], text.shape[1], self._num_shards)
