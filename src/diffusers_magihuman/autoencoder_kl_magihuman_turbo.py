@@ -223,11 +223,9 @@ class MagiHumanTurboDecoder3d(nn.Module):
         self.tile_scale = scale * PATCH_SIZE
 
     def forward(self, hidden_states: Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None) -> Tensor:
-        """
-        Decodes latents `(batch_size, latent_channels, num_frames, height, width)` to `(batch_size, out_channels,
+        """Decodes latents `(batch_size, latent_channels, num_frames, height, width)` to `(batch_size, out_channels,
         4 * num_frames, 16 * height, 16 * width)`, or 3 frames less if `is_first_chunk`: the first latent frame of a
-        video gives one. The large end runs on tiles of `tile_size`, height and width in pixels, one by one.
-        """
+        video gives one. The large end runs on tiles of `tile_size`, height and width in pixels, one by one."""
         hidden_states = self.conv_in(hidden_states)
         hidden_states = self.mid_block(hidden_states, is_first_chunk)
         hidden_states = self.up_blocks[0](hidden_states, is_first_chunk)
@@ -259,8 +257,7 @@ class MagiHumanTurboDecoder3d(nn.Module):
 
 
 class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """
-    The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
+    """The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
     light decoder for the latents of the Wan 2.2 VAE, `encode` is the encoder of the Wan 2.2 VAE.
 
     Tuples with one entry per block go from pixels to latents, the reverse of the order in which the decoder runs.
@@ -348,8 +345,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     def enable_tiling(
         self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
     ) -> None:
-        """
-        Decode in tiles, to save memory with large videos; the arguments are a tile's height and width in pixels, at
+        """Decode in tiles, to save memory with large videos; the arguments are a tile's height and width in pixels, at
         most, 544 and 480 unless set before. `ValueError` for what is no multiple of `spatial_compression_ratio`.
 
         Only the end of the decoder, whose feature maps are large, runs on tiles, each with a margin as wide as its
@@ -377,12 +373,10 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """
-        Encode videos `(batch_size, in_channels, 4 * k + 1, height, width)` in [-1, 1], of height and width multiples
-        of 16, exactly as the Wan 2.2 VAE does, to the distribution of their latents `(batch_size, latent_channels,
-        k + 1, height / 16, width / 16)`, not normalised. An image is a video of one frame; `ValueError` for other
-        numbers of frames.
-        """
+        """Encode videos `(batch_size, in_channels, 4 * k + 1, height, width)` in [-1, 1], of height and width
+        multiples of 16, exactly as the Wan 2.2 VAE does, to the distribution of their latents `(batch_size,
+        latent_channels, k + 1, height / 16, width / 16)`, not normalised. An image is a video of one frame;
+        `ValueError` for other numbers of frames."""
         if self.encoder is None:
             raise ValueError("This model has no encoder: load one along, `load_original_turbo_vae(encoder=...)`.")
         ratio = self.temporal_compression_ratio
@@ -394,9 +388,8 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode_windows(self, z: Tensor) -> Iterator[Tensor]:
-        """
-        Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts of
-        what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
+        """Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts
+        of what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
 
         Each window but the outermost sees one latent frame more on either side, whose frames are cut off again. The
         last latent frame is repeated until the last window is full.
@@ -419,11 +412,10 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """
-        Decode latents `(batch_size, latent_channels, num_frames, height, width)`, not normalised: `z * latents_std +
-        latents_mean` of what a transformer gives. Videos come as `(batch_size, out_channels, 4 * num_frames - 3,
-        16 * height, 16 * width)`, about in [-1, 1] but not clamped, in tiles after `enable_tiling`.
-        """
+        """Decode latents `(batch_size, latent_channels, num_frames, height, width)`, not normalised: of what a
+        transformer gives, `z * latents_std + latents_mean`. Videos come as `(batch_size, out_channels,
+        4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but not clamped, and are decoded in tiles after
+        [`~AutoencoderKLMagiHumanTurbo.enable_tiling`]."""
         decoded = torch.cat(list(self.decode_windows(z)), dim=2)
         return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 

@@ -87,8 +87,7 @@ def stacked_name(name: str) -> str:
 
 
 def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict[str, Rule]:
-    """
-    The rule of every tensor of a transformer except the rotary frequencies, which the model computes.
+    """The rule of every tensor of a transformer except the rotary frequencies, which the model computes.
 
     With `is_split` every linear of every modality has a name of its own, as in single files of some tools, instead of
     the canonical stacked ones. Norms are stacked in both.
@@ -173,8 +172,7 @@ def transformer_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict
 
 
 def convert_transformer_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """
-    Converts tensors with canonical or split names to the state dict of [`MagiHumanTransformer3DModel`].
+    """Converts tensors with canonical or split names to the state dict of [`MagiHumanTransformer3DModel`].
 
     Norms, embedders and heads come in float32, the others in their own dtype. Raises a `ValueError` for names that are
     missing or unknown, and for shapes or rotary frequencies that the config does not give.

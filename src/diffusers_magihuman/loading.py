@@ -122,8 +122,7 @@ def load_original_transformer(
     dtype: torch.dtype = torch.bfloat16,
     **hub_kwargs: Any,
 ) -> MagiHumanTransformer3DModel:
-    """
-    Loads a transformer from any published layout: canonical or split names, a file or shards, scaled float8 or not.
+    """Loads a transformer from any published layout: canonical or split names, a file or shards, scaled float8 or not.
 
     Args:
         path_or_repo (`str` or `os.PathLike`): A safetensors file, a directory, or a repository on the Hub.
@@ -215,10 +214,8 @@ def load_original_turbo_vae(
 def load_text_encoder(
     path_or_repo: Source = TEXT_ENCODER, dtype: torch.dtype = torch.bfloat16, **hub_kwargs: Any
 ) -> tuple[Any, T5GemmaEncoderModel]:
-    """
-    Loads T5Gemma's tokenizer and encoder, whose weights come in `dtype`; shards that hold nothing but decoder are not
-    downloaded. `hub_kwargs` and errors are those of [`load_original_transformer`].
-    """
+    """Loads T5Gemma's tokenizer and encoder, whose weights come in `dtype`; shards that hold nothing but decoder are
+    not downloaded. `hub_kwargs` and errors are those of [`load_original_transformer`]."""
     tokenizer, tensors, rules, config = open_text_encoder(path_or_repo, **hub_kwargs)
     weights = dict(convert_tensors(tensors, rules, dtype))
     return tokenizer, T5GemmaEncoderModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -251,8 +248,7 @@ def load_original_components(
     turbo_vae: Source | None = ORIGINAL,
     **hub_kwargs: Any,
 ) -> dict[str, Any]:
-    """
-    Loads all components of a pipeline, by name, from the repositories that hold them, or from local copies.
+    """Loads all components of a pipeline, by name, from the repositories that hold them, or from local copies.
 
     Args:
         path_or_repo, variant, subfolder: The transformer, see [`load_original_transformer`], also for errors.

@@ -145,8 +145,7 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         low_cpu_mem_usage: bool = True,
         **kwargs: Any,
     ) -> None:
-        """
-        Loads a LoRA with the names of Diffusers or of the original, see [`convert_lora_state_dict`].
+        """Loads a LoRA with the names of Diffusers or of the original, see [`convert_lora_state_dict`].
 
         Args:
             pretrained_model_name_or_path_or_dict (`str` or `dict`): Repository, directory, file or tensors by name.

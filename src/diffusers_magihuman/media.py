@@ -48,9 +48,8 @@ def export_to_mp4(
     fps: float | Fraction = 25,
     sampling_rate: int = 44100,
 ) -> str:
-    """
-    Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`. The audio is cut, or padded with
-    silence, to `num_frames / fps` seconds. A failure leaves a file of this name as it was.
+    """Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`. The audio is cut, or padded
+    with silence, to `num_frames / fps` seconds. A failure leaves a file of this name as it was.
 
     Args:
         frames: Any iterable of frames of one even height and width, consumed one at a time: arrays
@@ -110,11 +109,9 @@ def check_mp4_path(path: str | os.PathLike[str]) -> Path:
 
 
 def load_images(image: ImageInput | list[ImageInput]) -> list[PIL.Image.Image]:
-    """
-    Reads one image or several, a list or an array with a leading axis, as RGB: a path or URL, a PIL image, an array
+    """Reads one image or several, a list or an array with a leading axis, as RGB: a path or URL, a PIL image, an array
     `(height, width, 3)`, float in [0, 1] or uint8, or a float tensor `(3, height, width)` in [0, 1]. ValueError for
-    what is none, OSError for a file that is none.
-    """
+    what is none, OSError for a file that is none."""
     is_several = isinstance(image, list) or (isinstance(image, Array) and image.ndim == 4)
     if is_several and not len(image):
         raise ValueError("`image` is an empty list, it must have at least one image.")
@@ -133,12 +130,10 @@ def _load_image(image: ImageInput) -> PIL.Image.Image:
 
 
 def load_videos(video: VideoInput | list[VideoInput], frame_rate: int) -> list[Tensor]:
-    """
-    Reads one video or several, a list or an array with a leading axis, as float32 `(num_frames, 3, height, width)` in
-    [0, 1]: a path of a file of `frame_rate`, an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8, a
+    """Reads one video or several, a list or an array with a leading axis, as float32 `(num_frames, 3, height, width)`
+    in [0, 1]: a path of a file of `frame_rate`, an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8, a
     float tensor `(num_frames, 3, height, width)` in [0, 1], or a list of frames. Raises what [`read_video`] does, and
-    ValueError for what is no video.
-    """
+    ValueError for what is no video."""
     first = video[0] if isinstance(video, list) and video else None
     is_batch = isinstance(video, Array) and video.ndim == 5
     is_several = is_batch or isinstance(first, str | os.PathLike | list) or np.ndim(first) == 4
@@ -189,8 +184,7 @@ def crop_to_aspect(image: PIL.Image.Image, height: int, width: int) -> PIL.Image
 
 
 def load_audio(audio: AudioInput | Array, sampling_rate: int) -> Tensor:
-    """
-    Reads audio as stereo of `sampling_rate` samples a second, float32 `(2, num_samples)`.
+    """Reads audio as stereo of `sampling_rate` samples a second, float32 `(2, num_samples)`.
 
     `audio` is a path, see [`read_audio`], or `(waveform, rate)`, or a waveform that has the right rate already. A
     waveform is `(num_samples,)` or `(channels, num_samples)`, float in about [-1, 1] or int16. Mono is duplicated, and

@@ -71,8 +71,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass
 class MagiHumanPipelineOutput(BaseOutput):
-    """
-    Videos at 25 frames a second, and their audio.
+    """Videos at 25 frames a second, and their audio.
 
     Args:
         frames (`torch.Tensor`, `np.ndarray` or `list`): For `"np"` `(batch_size, num_frames, height, width, 3)`, for
@@ -193,10 +192,8 @@ def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def encode_video(pipe: Any, pixels: Tensor, device: torch.device) -> Tensor:
-    """
-    Encodes videos `(batch_size, 3, 4 * k + 1, height, width)` in [-1, 1] to the mode of their latents: float32
-    `(batch_size, channels, k + 1, latent_height, latent_width)`, normalised.
-    """
+    """Encodes videos `(batch_size, 3, 4 * k + 1, height, width)` in [-1, 1] to the mode of their latents: float32
+    `(batch_size, channels, k + 1, latent_height, latent_width)`, normalised."""
     latents = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode().float()
     mean, inverse_std = latent_statistics(pipe.vae, device)
     return (latents - mean) * inverse_std
@@ -232,11 +229,9 @@ def count_audio_latents(num_samples: int, hop_length: int) -> int:
 def encode_audio(
     pipe: Any, audio: Tensor | list[Tensor], generator: Generators, device: torch.device, num_frames: int | None = None
 ) -> Tensor:
-    """
-    Encodes audio `(2, num_samples)` of `audio_vae.hop_length` samples a latent, or a list of it, in windows of 29
+    """Encodes audio `(2, num_samples)` of `audio_vae.hop_length` samples a latent, or a list of it, in windows of 29
     seconds: float32 `(num_items, num_frames, channels)`, 25 a second. Samples from the autoencoder as the original
-    does, by one generator or one for each item; with `num_frames` each is cut to it first, or padded with silence.
-    """
+    does, by one generator or one for each item; with `num_frames` each is cut to it first, or padded with silence."""
     vae, hop_length = pipe.audio_vae, pipe.audio_vae.hop_length
 
     def encode_item(item: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -256,10 +251,9 @@ def encode_audio(
 def encode_in_windows(
     audio: Tensor, encode: Callable[[Tensor], Tensor], window_length: int, hop_length: int
 ) -> Tensor:
-    """
-    Encodes audio `(batch_size, channels, num_samples)` in windows that overlap by half, cross-faded linearly: to what
-    `encode` returns, `(batch_size, length, latent_channels)`, or of several `ceil(num_samples / hop_length)` latents.
-    """
+    """Encodes audio `(batch_size, channels, num_samples)` in windows that overlap by half, cross-faded linearly: to
+    what `encode` returns, `(batch_size, length, latent_channels)`, or of several `ceil(num_samples / hop_length)`
+    latents."""
     num_samples = audio.shape[-1]
     if num_samples <= window_length:
         return encode(audio)
@@ -314,8 +308,7 @@ def decode_audio(pipe: Any, audio_latents: Tensor, output_type: str) -> Audio:
 
 
 class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
-    """
-    Base of the pipelines, with the one loop. Any component may be `None` in calls that do not need it, for example
+    """Base of the pipelines, with the one loop. Any component may be `None` in calls that do not need it, for example
     `text_encoder` when embeddings are given or the autoencoders with `output_type="latent"`.
 
     Args:
@@ -364,10 +357,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
     def from_pipe(
         cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> DiffusionPipeline:
-        """
-        Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`. A `dtype`
-        casts them all, the other pipeline's with them; by default, unlike in Diffusers, every one stays as it is.
-        """
+        """Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`. A `dtype`
+        casts them all, the other pipeline's with them; by default, unlike in Diffusers, every one stays as it is."""
         if dtype is not None:
             return super().from_pipe(pipeline, dtype=dtype, **kwargs)
         names = inspect.signature(cls).parameters
@@ -381,8 +372,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         dtype: torch.dtype = torch.bfloat16,
         **kwargs: Any,
     ) -> "MagiHumanPipeline":
-        """
-        Puts the pipeline together from the original's repositories, or local copies, as they are published.
+        """Puts the pipeline together from the original's repositories, or local copies, as they are published.
 
         Args:
             path_or_repo (`str`): Directory, file or repository of the transformer in any published layout.
@@ -467,9 +457,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
         device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        r"""
-        Encodes prompts, each alone as the original does, rounded to float16, on `device`. All arguments are those of
-        the call, but `do_classifier_free_guidance`: whether negative embeddings are wanted.
+        r"""Encodes prompts, each alone as the original does, rounded to float16, on `device`. All arguments are those
+        of the call, but `do_classifier_free_guidance`: whether negative embeddings are wanted.
 
         Returns float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then both
         for the negative prompts, `None` without guidance.
@@ -505,8 +494,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         image_latents: Tensor | None = None,
         moves_audio: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
+        """Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
 
         `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as they
         are, and so does the audio unless it moves. A callback comes with the names of its tensors.

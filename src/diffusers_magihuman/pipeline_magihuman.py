@@ -30,8 +30,7 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
 class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
-    r"""
-    Pipeline of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): text to video with audio, optionally
+    r"""Pipeline of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): text to video with audio, optionally
     from a first frame, given audio, or both.
 
     Args:
@@ -129,8 +128,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
     ) -> MagiHumanPipelineOutput | tuple:
-        r"""
-        Generates videos with audio.
+        r"""Generates videos with audio.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): What to show and to say: a description of 150 to 200 words, then
@@ -181,8 +179,11 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             ```
 
         Returns:
-            [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio. `ValueError` for a wrong argument, before any
-            model runs; `OSError` for an `image` or `audio` that cannot be read.
+            [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio.
+
+        Raises:
+            `ValueError`: An argument is wrong; raised before any model runs.
+            `OSError`: `image` or `audio` cannot be read.
         """
         # 1. Fill in defaults and read files
         default_steps, default_scale = (8, 1.0) if self.config.is_distilled else (32, 5.0)

@@ -32,18 +32,16 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
 def zero_snr_signal_scales() -> Tensor:
-    """
-    Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise; scaled-linear
-    and stretched so that they end in pure noise ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
-    """
+    """Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise;
+    scaled-linear and stretched so that they end in pure noise
+    ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891))."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scales = (1 - betas).cumprod(dim=0).float().sqrt()
     return (scales - scales[-1]) * (scales[0] / (scales[0] - scales[-1]))
 
 
 class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
-    r"""
-    Super-resolution of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986) in latent space: resizes the
+    r"""Super-resolution of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986) in latent space: resizes the
     latents of a video, adds noise, and denoises them with the transformer for 540p or 1080p. The audio helps, and is
     passed through as it is.
 
@@ -127,13 +125,11 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         generator: Generators,
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width` in
-        pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the video's
-        drawn before the audio's as the original does. See the call for `noise_level`, an index into
+        """Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width`
+        in pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the
+        video's drawn before the audio's as the original does. See the call for `noise_level`, an index into
         [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise. Returns
-        float32 latents of the video in high resolution, and of the audio that the transformer sees.
-        """
+        float32 latents of the video in high resolution, and of the audio that the transformer sees."""
         num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
         shape, audio_shape = self.latent_shapes(len(latents), num_frames, height, width)
         latents = latents.to(device, torch.float32)
@@ -180,8 +176,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
     ) -> MagiHumanPipelineOutput | tuple:
-        r"""
-        Upscales videos.
+        r"""Upscales videos.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): The prompt of the video, one for all or for each; several for
@@ -240,8 +235,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
         Returns:
             [`MagiHumanPipelineOutput`] or `tuple`: Frames and audio; with `"latent"` the audio's latents as given.
-            `ValueError` for a wrong argument, before any model runs; `OSError` for a `video`, `image` or `audio` that
-            cannot be read.
+
+        Raises:
+            `ValueError`: An argument is wrong; raised before any model runs.
+            `OSError`: `video`, `image` or `audio` cannot be read.
         """
         # 1. Fill in defaults and read files
         height = self.config.default_height if height is None else height

@@ -13,9 +13,8 @@ from torch import Tensor
 
 
 class MagiHumanFlowScheduler(UniPCMultistepScheduler):
-    r"""
-    Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): levels that
-    fall linearly from `1 - 1 / num_train_timesteps` towards 0, shifted to `sigma = flow_shift * sigma / (1 +
+    r"""Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): levels
+    that fall linearly from `1 - 1 / num_train_timesteps` towards 0, shifted to `sigma = flow_shift * sigma / (1 +
     (flow_shift - 1) * sigma)`. Before `set_timesteps` it has `num_train_timesteps` levels, for training.
 
     Args:
@@ -74,8 +73,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """
-        Goes from one noise level to the next; `ValueError` before `set_timesteps`.
+        """Goes from one noise level to the next; `ValueError` before `set_timesteps`.
 
         `model_output` is the velocity of `sample`, at the current noise level and of one shape; only the first call of
         a run looks `timestep` up. The `"renoise"` sampler adds `variance_noise` of that shape, or draws it by

@@ -29,8 +29,7 @@ def sample_noise_levels(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """
-    Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
+    """Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
 
     `weighting` is `"logit_normal"`, the logistic function of a normal variable
     ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`; `shift` is towards noise, as the
@@ -68,12 +67,10 @@ def drop_text(
     probability: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """
-    Replaces the text of some samples, each with the `probability`, by the negative prompt, which classifier-free
+    """Replaces the text of some samples, each with the `probability`, by the negative prompt, which classifier-free
     guidance needs. Takes embeddings `(batch_size, length, channels)`, padded at the end, their mask, true for real
     tokens, and negative ones `(1, negative_length, channels)`, unpadded. Returns embeddings and mask, padded to the
-    longer of the two lengths; a `generator` makes the draw deterministic.
-    """
+    longer of the two lengths; a `generator` makes the draw deterministic."""
     negative_length, (batch_size, length, _) = negative_prompt_embeds.shape[1], prompt_embeds.shape
     missing = max(negative_length - length, 0)
     prompt_embeds, mask = F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_embeds_mask, (0, missing))
@@ -97,8 +94,7 @@ def flow_matching_loss(
     latent_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> FlowMatchingLoss:
-    """
-    Loss of the velocity from latents to noise, of video and audio at the same noise level
+    """Loss of the velocity from latents to noise, of video and audio at the same noise level
     ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)). A first frame or audio that is given is shown as it
     is and left out of the loss, since the pipelines keep it.
 
@@ -145,19 +141,16 @@ def upscale_loss(
     prompt_embeds_mask: Tensor | None,
     noise_levels: Tensor,
 ) -> Tensor:
-    """
-    Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise:
+    """Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise:
     `low_latents`, resized and noisy, of the shape of `latents`, with noisy `audio_latents`, both as
-    [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them. All else is that of [`flow_matching_loss`].
-    """
+    [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them. All else is that of [`flow_matching_loss`]."""
     noisy = add_noise(latents, low_latents, noise_levels)
     velocity, _ = transformer(noisy, audio_latents, prompt_embeds, prompt_embeds_mask, return_dict=False)
     return F.mse_loss(velocity, low_latents - latents)
 
 
 def distribution_matching_loss(generated: Tensor, real_prediction: Tensor, fake_prediction: Tensor) -> Tensor:
-    """
-    Loss whose gradient moves generated latents from where a model of them is to where the teacher is
+    """Loss whose gradient moves generated latents from where a model of them is to where the teacher is
     (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)). Its value means little; its gradient is the
     difference of the two, divided by the sample's mean distance from the teacher's and by the number of values.
 

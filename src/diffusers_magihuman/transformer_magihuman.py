@@ -41,8 +41,7 @@ QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder"
 
 @dataclass
 class MagiHumanTransformer3DModelOutput(BaseOutput):
-    """
-    Velocities that [`MagiHumanTransformer3DModel`] predicts, float32.
+    """Velocities that [`MagiHumanTransformer3DModel`] predicts, float32.
 
     Args:
         sample (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`): Of the video latents.
@@ -115,8 +114,7 @@ class MagiHumanFloat32Linear(nn.Linear):
 
 
 class MagiHumanRotaryPosEmbed(nn.Module):
-    """
-    Rotary positions of a video, audio and text sequence.
+    """Rotary positions of a video, audio and text sequence.
 
     The time of a video token is its latent frame; height and width are centred on 0. Audio is stretched over the time
     of the video. Text has no position of its own in style "v2" (base, distilled), and spans 0 to 1 in style "v1".
@@ -131,10 +129,8 @@ class MagiHumanRotaryPosEmbed(nn.Module):
         self.coordinate_style = coordinate_style
 
     def forward(self, layout: SequenceLayout, text_mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """
-        Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order of
-        the shards and padded like them if there are several; `text_mask` is true for real tokens.
-        """
+        """Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order
+        of the shards and padded like them if there are several; `text_mask` is true for real tokens."""
         num_frames, height, width, audio_length = layout.num_frames, layout.height, layout.width, layout.audio_length
         if text_mask is None:
             text_mask = torch.ones(1, layout.text_length, dtype=torch.bool, device=device)
@@ -317,8 +313,7 @@ class MagiHumanProjections(nn.Module):
 
 
 class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
-    """
-    Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
+    """Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
 
     In a sandwich block `video`, `audio` and `text` hold the [`MagiHumanProjections`], else the attention itself does.
     `local_attention_frames` is how many frames a video token sees on either side, `None` for all.
@@ -462,9 +457,8 @@ class MagiHumanTransformer3DModel(
     MagiHumanSingleFileMixin,
     MagiHumanCacheMixin,
 ):
-    r"""
-    The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the flow
-    velocity of video and audio latents together, from their noisy latents and a text.
+    r"""The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the
+    flow velocity of video and audio latents together, from their noisy latents and a text.
 
     The model never sees a timestep. The defaults are those of the published base model with 15.3B parameters.
 
@@ -557,10 +551,8 @@ class MagiHumanTransformer3DModel(
         return self.config.get("_pre_quantization_dtype") or get_parameter_dtype(self)
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
-        """
-        Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
-        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of these.
-        """
+        """Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
+        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one."""
         self.check_projections_are_unfused()
         super().add_adapter(adapter_config, adapter_name)
 
@@ -571,10 +563,8 @@ class MagiHumanTransformer3DModel(
             raise ValueError(f"Fused projections can neither have a LoRA nor be split: {fix}.")
 
     def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
-        """
-        Runs the feed-forward of every block on `chunk_size` tokens, 1 or more, at a time: its wide activations are the
-        largest tensors of a long or large video. The result differs by rounding at most.
-        """
+        """Runs the feed-forward of every block on `chunk_size` tokens, 1 or more, at a time: its wide activations are
+        the largest tensors of a long or large video. The result differs by rounding at most."""
         if chunk_size < 1:
             raise ValueError(f"`chunk_size`={chunk_size} must be 1 or more.")
         self._set_chunk_size(chunk_size)
