@@ -317,7 +317,8 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         for name, more in num_more.items():
             value = self.config[f"decoder_{name}"]
             if len(value) != num_blocks + more:
-                raise ValueError(f"`decoder_{name}`={value} must have {num_blocks + more} entries.")
+                needed = f"{num_blocks + more} entries for {num_blocks} blocks"
+                raise ValueError(f"`decoder_{name}` must have {needed}, but is {value}.")
         self.encoder = self.quant_conv = None
         if encoder_base_dim is not None:
             widths = in_channels * PATCH_SIZE**2, encoder_base_dim, 2 * latent_channels, list(encoder_dim_mult)

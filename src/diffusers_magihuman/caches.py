@@ -67,11 +67,15 @@ def video_latents(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def check_cache(config: Any, is_shared_out: bool) -> None:
     """Raises a `ValueError` for a cache that cannot work here, or not with the sequence shared out to processes."""
     if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
-        fix = "Set `is_guidance_distilled=True`, which computes both, or take another cache."
-        raise ValueError(f"`config`=FasterCacheConfig takes both branches of guidance from one batch. {fix}")
+        raise ValueError(
+            "`config`=FasterCacheConfig takes both branches of the guidance from one batch, but this transformer runs"
+            " them in turn. Set `is_guidance_distilled=True`, which computes both, or take another cache."
+        )
     if isinstance(config, FirstBlockCacheConfig) and is_shared_out:
-        fix = "each process would skip steps by its own part of the sequence. Use `MagCacheConfig`."
-        raise ValueError(f"`FirstBlockCacheConfig` cannot work with `ContextParallelConfig`: {fix}")
+        raise ValueError(
+            "`FirstBlockCacheConfig` cannot work with `ContextParallelConfig`: a process would skip steps by its own"
+            " part of the sequence, and others wait for it. Use `MagCacheConfig`."
+        )
 
 
 class MagiHumanCacheMixin(CacheMixin):

@@ -61,9 +61,11 @@ class MagiHumanSingleFileMixin(FromOriginalModelMixin):
         path = "" if isinstance(checkpoint, dict) else str(checkpoint)
         has_gguf = path.endswith(".gguf") if path else any(is_gguf(tensor) for tensor in checkpoint.values())
         if not isinstance(quantization_config, GGUFQuantizationConfig if has_gguf else NoneType):
-            kind, needed = ("GGUF", "a `GGUFQuantizationConfig`") if has_gguf else ("no GGUF", "None")
-            needed += f" for {path or 'the dict'}, which is {kind}; other quantisers work in `from_pretrained`"
-            raise ValueError(f"`quantization_config`={quantization_config} must be {needed}.")
+            raise ValueError(
+                f"`quantization_config`={quantization_config} must be a `GGUFQuantizationConfig` for a GGUF file, and"
+                f" None for another; {path or 'the dict'} is {'one' if has_gguf else 'none'}. Other quantisers work in"
+                " `from_pretrained`."
+            )
         default_dtype = quantization_config.compute_dtype if has_gguf else torch.bfloat16
         dtype = dtype or default_dtype
         if has_gguf and dtype != default_dtype:

@@ -552,7 +552,7 @@ class MagiHumanTransformer3DModel(
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
         """Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
-        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one."""
+        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of them."""
         self.check_projections_are_unfused()
         super().add_adapter(adapter_config, adapter_name)
 
@@ -664,7 +664,9 @@ class MagiHumanTransformer3DModel(
                 shape = f"({video.shape[0]}, length, {channels})"
                 raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(states.shape)}.")
         if config.coordinate_style == "v1" and (text.shape[1] == 1 or (audio.shape[1] == 1 and video.shape[2] > 1)):
-            found = f"there are {text.shape[1]} of text and {audio.shape[1]} of audio"
-            raise ValueError(f"`coordinate_style`='v1' needs two tokens or more of text and audio, but {found}.")
+            raise ValueError(
+                f"`coordinate_style`='v1' stretches text and audio over the video, so each needs two tokens or more,"
+                f" but there are {text.shape[1]} text tokens and {audio.shape[1]} audio tokens."
+            )
         grid = (size // patch for size, patch in zip(video.shape[2:], config.patch_size, strict=True))
         return SequenceLayout(*grid, audio.shape[1], text.shape[1], self._num_shards)
