@@ -1,6 +1,8 @@
 """The console command on tiny pipelines."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -25,6 +27,18 @@ def inputs(tmp_path_factory):
 def generate(model, prompt, output, *options):
     size = ["--height", "64", "--width", "96", "--steps", "2", "--seed", "0"]
     return main(["generate", prompt, "--model", str(model), "--output", str(output), *size, *map(str, options)])
+
+
+def test_generate_by_a_model_that_was_converted(tiny_pipeline_dir, tmp_path):
+    """`convert` writes no default size for the base and the distilled model, whose class has them."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_pipeline_dir, model)
+    index = json.loads((model / "model_index.json").read_text())
+    index = {name: value for name, value in index.items() if not name.startswith("default_")}
+    (model / "model_index.json").write_text(json.dumps(index))
+    command = ["generate", PROMPT, "--model", str(model), "-o", str(tmp_path / "out.mp4")]
+    assert main([*command, "--num-frames", "1", "--steps", "1"]) == 0
+    assert read_frames(tmp_path / "out.mp4", 256, 448).shape[0] == 1
 
 
 @pytest.mark.parametrize("mode", ["text", "image and audio"])
@@ -143,7 +157,8 @@ def test_bad_video_is_one_line(
         (["a", "--width", "x"], "--width"),
         (["a", "--num-frames", "1.5"], "--num-frames"),
         (["a", "--seconds", "-1"], "--seconds"),
-        (["a", "--seconds", "nan"], "--seconds"),
+        (["a", "--seconds", "nan"], "'nan' must be a positive number"),
+        (["a", "--seconds", "abc"], "'abc' must be a positive number"),
         (["a", "--seconds", "1", "--num-frames", "5"], "--seconds"),
         (["a", "--device", "tpu0"], "--device"),
         (["a", "--dtype", "int8"], "--dtype"),

@@ -34,7 +34,10 @@ class OneLineParser(ArgumentParser):
 
 
 def positive_number(value: str) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
     if not 0 < number < math.inf:
         raise ArgumentTypeError(f"{value!r} must be a positive number")
     return number
@@ -52,7 +55,7 @@ def add_generate(command: ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="description, `Dialogue:` and `Background Sound:`")
     add("--model", metavar="DIR_OR_REPO", help="pipeline, a directory or on the Hub; default: the tiny one in here")
     add("--image", metavar="FILE", help="first frame")
-    add("--audio", metavar="FILE", help="sound that drives the video")
+    add("--audio", metavar="FILE", help="audio that drives the video")
     length = command.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=positive_number, help="length; default: that of --audio, or the model's")
     length.add_argument("--num-frames", type=int, help=f"length in frames, {FRAME_RATE} a second")
@@ -70,7 +73,7 @@ def add_upscale(command: ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="the prompt of the video")
     add("--model", required=True, metavar="DIR_OR_REPO", help="super-resolution pipeline")
     add("--image", metavar="FILE", help="first frame in high resolution")
-    add("--audio", metavar="FILE", help="its sound; default: that of VIDEO, if it has any")
+    add("--audio", metavar="FILE", help="its audio; default: that of VIDEO, if it has any")
     add_size(command)
     add("--steps", type=int, default=5, help="default: %(default)s")
     add_run_options(command)
@@ -90,7 +93,7 @@ def add_run_options(command: ArgumentParser) -> None:
 
 def add_convert(command: ArgumentParser) -> None:
     add = command.add_argument
-    add("source", metavar="SOURCE", help="file, directory, or repository on the Hub, in any layout")
+    add("source", metavar="SOURCE", help="file, directory, or repository on the Hub, in any published format")
     add("output", metavar="OUTPUT", help="directory to write; must not exist")
     add("--variant", choices=VARIANTS, help="default: guessed from SOURCE")
     add("--subfolder", help="directory or file within SOURCE; default: that of the variant")
@@ -206,16 +209,18 @@ def check_pipeline(option: str, model: str, pipeline_class: type[DiffusionPipeli
 
 def check_upscale(arguments: Namespace, base: dict[str, Any]) -> None:
     """The second pipeline would refuse these too, but after the first has run."""
-    index = {}
-    if arguments.upscale is not None:
-        index = check_pipeline("--upscale", arguments.upscale, MagiHumanLatentUpscalePipeline)
-    for name in ("height", "width"):
-        option, target = f"--upscale-{name}", getattr(arguments, f"upscale_{name}")
-        if not index and target is not None:
-            raise ValueError(f"{option} must come with --upscale.")
-        target, source = target or index.get(f"default_{name}"), getattr(arguments, name) or base[f"default_{name}"]
-        if index and (target < source or target % 32):
-            raise ValueError(f"{option} is {target}, it must be a multiple of 32 and not below --{name}, {source}.")
+    sizes = {name: getattr(arguments, f"upscale_{name}") for name in ("height", "width")}
+    if arguments.upscale is None:
+        if unused := [f"--upscale-{name}" for name, size in sizes.items() if size is not None]:
+            raise ValueError(f"{' and '.join(unused)} must come with --upscale.")
+        return
+    index = check_pipeline("--upscale", arguments.upscale, MagiHumanLatentUpscalePipeline)
+    for name, size in sizes.items():
+        target = size or index[f"default_{name}"]
+        source = getattr(arguments, name) or base.get(f"default_{name}", 0)
+        if target < source or target % 32:
+            limit = f"a multiple of 32 and not below --{name}, {source}"
+            raise ValueError(f"--upscale-{name} is {target}, it must be {limit}.")
 
 
 def load_pipeline(model: str, arguments: Namespace, **parts: Any) -> tuple[DiffusionPipeline, torch.Generator | None]:

@@ -63,7 +63,8 @@ def convert_checkpoint(
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".incomplete", dir=output.parent))
     try:
-        folder.chmod(0o755)  # temporary ones are for their owner alone
+        os.umask(umask := os.umask(0))
+        folder.chmod(0o777 & ~umask)  # temporary ones are for their owner alone
         # The transformer, which takes the longest, comes last: a part that is missing is found before.
         sampler = "renoise" if variant == "distill" else "unipc"
         MagiHumanFlowScheduler(sampler=sampler).save_pretrained(folder / "scheduler")
