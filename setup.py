@@ -2,7 +2,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-
 root = Path(__file__).parent
 version = next(
     line.split('"')[1]

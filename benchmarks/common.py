@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import torch
 
-
 Output = TypeVar("Output")
 
 

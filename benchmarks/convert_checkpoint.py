@@ -26,7 +26,6 @@ from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.conversion import ROPE_BANDS, convert_tensors, plan_transformer, transformer_rules
 from diffusers_magihuman.loading import open_checkpoint
 
-
 SHARD_BYTES = 2 * 2**30
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 CASES = (
     "turbo_vae.py --num-frames 125",
     "turbo_vae.py --num-frames 125 --height 1088 --width 1920 --tiling",

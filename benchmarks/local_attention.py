@@ -25,7 +25,6 @@ from common import peak_gib, print_result, timed
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.transformer_magihuman import MagiHumanAttnProcessor, SequenceLayout
 
-
 NEIGHBOURS, TEXT_LENGTH = 11, 640
 LENGTHS = (12, 16, 32, 64, 128)
 

@@ -48,7 +48,6 @@ from diffusers_magihuman.tools.plan import (
     weights_on_gpu,
 )
 
-
 FULL = {"256p": ("base", 256, 448), "540p": ("sr_540p", 512, 896), "1080p": ("sr_1080p", 1088, 1920)}
 # Heads of 64 channels, layers, and channels of the autoencoders; height, width and frames.
 SMALL = {"tiny": (4, 3, 8, (128, 192, 9)), "mid": (16, 8, 16, (320, 512, 25))}

@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 line = "Welcome to our library."
 prompt = f'A woman in a green jumper says warmly, "{line}"\n\nDialogue:\n<Woman, English>: "{line}"'
 device = "cuda" if torch.cuda.is_available() else "cpu"

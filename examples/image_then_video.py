@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 image_model, model = sys.argv[1:3]
 look = "A fisherman with a grey beard and a yellow raincoat on a pier, medium close-up, static camera, soft daylight"
 

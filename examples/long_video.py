@@ -9,7 +9,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 lines = "The house was built by my grandfather.", "He laid every stone of it himself.", "And it still stands today."
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 line = "Every layer comes when it is needed."
 prompt = f'A man in a grey coat says slowly, "{line}"\n\nDialogue:\n<Man, English>: "{line}"'
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,6 @@ from diffusers import ContextParallelConfig, DiffusionPipeline
 
 from diffusers_magihuman import embedded_model, export_to_mp4
 
-
 prompt = 'A person with pale skin and short red hair, in a blue shirt. The person says in a high voice: "mi ma mu".'
 model = sys.argv[1] if len(sys.argv) > 1 else embedded_model()
 on_gpus = torch.cuda.is_available()

@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 model, portrait, speech = sys.argv[1:4]
 prompt = (
     "The person of the picture faces the camera and speaks at an even pace; the lips follow every syllable, the head"

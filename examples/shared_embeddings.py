@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 import diffusers_magihuman as magihuman
 
-
 prompt = 'A baker dusts his hands and says cheerfully, "Try it while it is warm."\n\nBackground Sound:\n<Oven fan>'
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}

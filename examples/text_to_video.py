@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 PROMPT = """A woman with silver hair tied back and a dark green jumper stands before a bookshelf, medium close-up,
 static camera, soft daylight from the left. She looks into the lens, draws a breath and says in a calm, clear voice,
 "Welcome to our small library." The corners of her mouth lift, her lips close and her gaze stays on the viewer.

@@ -43,7 +43,6 @@ from diffusers_magihuman.media import crop_to_aspect, read_video
 from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
 from diffusers_magihuman.training import drop_text, flow_matching_loss, sample_noise_levels
 
-
 FRAME_RATE = 25
 Clip = dict[str, torch.Tensor]
 

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import export_to_mp4
 
-
 prompt = "A lighthouse keeper in a wool cap turns his head to the sea at dawn, medium close-up, static camera."
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}

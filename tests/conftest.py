@@ -2,7 +2,6 @@
 
 import os
 
-
 # The golden tensors were computed with AVX2 kernels. MKL picks others on newer processors, which round differently;
 # it has to be told before torch loads.
 os.environ.setdefault("MKL_CBWR", "AVX2")

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.checkpoints import convert_transformer_state_dict, transformer_config_from_state_dict
 
-
 DATA = Path(__file__).parent / "data"
 
 

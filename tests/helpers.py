@@ -9,7 +9,6 @@ import torch
 
 from diffusers_magihuman import MagiHumanLatentUpscalePipeline, MagiHumanTransformer3DModel
 
-
 ROOT = Path(__file__).parents[1]
 PROMPT = (
     'A woman with short grey hair looks at the camera and says, "Hello."\n\n'

@@ -18,7 +18,6 @@ from peft import LoraConfig
 
 from diffusers_magihuman.tools.hub import write_repository_code
 
-
 # Their blocks are those of the other card of their kind, but for the names of repositories.
 SLOW = ("base.md", "sr-540p.md")
 # What the tiny models on a CPU cannot: the GPU and its kernels, bfloat16 and compilation in little time, full sizes.

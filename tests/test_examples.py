@@ -32,7 +32,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Confi
 import diffusers_magihuman
 from diffusers_magihuman import MagiHumanAudioVideoPipeline
 
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TESTS = Path(__file__).parent
 FRAME_SAMPLES = 1764  # of audio at 44100 Hz, in one frame

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from diffusers_magihuman import embedded_model, export_to_mp4
 
-
 TRAJECTORY = DATA / "train_lora_trajectory.json"
 
 

@@ -37,7 +37,6 @@ from recognise import (
 
 from diffusers_magihuman import embedded_model, export_to_mp4
 
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from diffusers_magihuman.media import resample_audio
 
-
 NUM_BANDS = 32
 STEP = 512  # samples between two looks at the sound, 10 ms
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from world import SAMPLING_RATE
 
-
 HOP = 2048
 LATENT_CHANNELS = 8
 NUM_BANDS = 24

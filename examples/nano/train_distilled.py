@@ -28,7 +28,6 @@ from diffusers_magihuman.training import (
     sample_noise_levels,
 )
 
-
 States = tuple[torch.Tensor, torch.Tensor]  # of video and sound
 NUM_STEPS = 8
 

@@ -25,7 +25,6 @@ from transformers import AutoTokenizer, GemmaTokenizer, T5GemmaConfig, T5GemmaEn
 
 from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
 
-
 HIDDEN_SIZE = 128
 ATTRIBUTES = {
     "skin": world.SKIN,

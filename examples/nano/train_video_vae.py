@@ -21,7 +21,6 @@ from recipe import Run, make_parser, save_sheet, to_frames, to_tensor
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-
 LATENT_CHANNELS = 48
 SPATIAL, TEMPORAL = 16, 4
 

@@ -21,7 +21,6 @@ import PIL.Image
 import PIL.ImageDraw
 import soundfile
 
-
 FRAME_RATE = 25
 SAMPLING_RATE = 51200
 NUM_FRAMES = 49

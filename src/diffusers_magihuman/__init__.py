@@ -17,7 +17,6 @@ from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .tools.embedded import embedded_model
 from .transformer_magihuman import QUANTIZATION_SKIP_MODULES, MagiHumanTransformer3DModel
 
-
 __version__ = "0.1.0.dev0"
 
 __all__ = [
@@ -34,13 +33,9 @@ __all__ = [
     "load_audio",
 ]
 
-for _class in (
-    AutoencoderKLMagiHumanTurbo,
-    MagiHumanAudioVideoPipeline,
-    MagiHumanFlowScheduler,
-    MagiHumanLatentUpscalePipeline,
-    MagiHumanTransformer3DModel,
-):
-    setattr(diffusers, _class.__name__, _class)
-    if issubclass(_class, diffusers.DiffusionPipeline):
-        setattr(diffusers.pipelines, _class.__name__, _class)
+for _name in __all__:
+    _class = globals()[_name]
+    if isinstance(_class, type) and issubclass(_class, diffusers.ConfigMixin):
+        setattr(diffusers, _name, _class)
+        if issubclass(_class, diffusers.DiffusionPipeline):
+            setattr(diffusers.pipelines, _name, _class)

@@ -13,7 +13,6 @@ from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, patchify, unpatchify
@@ -21,7 +20,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-
+from torch import Tensor, nn
 
 # Statistics of the 48 latent channels of the Wan 2.2 VAE.
 # fmt: off
@@ -44,13 +43,13 @@ PATCH_SIZE = 2  # height and width of the square of pixels that is folded into c
 ORIGINAL_OPTIONS = {"decoder_causal": False, "patch_size": PATCH_SIZE, "patch_size_t": 1, "scaling_factor": 1.0}
 
 
-def rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+def rms_norm(hidden_states: Tensor, eps: float = 1e-8) -> Tensor:
     """Scale every position of `(batch_size, channels, ...)` to mean square 1 over its channels, in float32."""
     mean_square = hidden_states.float().pow(2).mean(dim=1, keepdim=True)
     return (hidden_states * torch.rsqrt(mean_square + eps)).to(hidden_states.dtype)
 
 
-def apply_to_frames(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def apply_to_frames(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """Run a module for images on every frame of `(batch_size, channels, num_frames, height, width)`."""
     frames = module(hidden_states.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (hidden_states.shape[0], -1)).transpose(1, 2)
@@ -84,7 +83,7 @@ class MagiHumanTurboConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, *spatial_padding), groups=groups)
         self.frame_padding = frame_padding
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         if self.frame_padding:
             first = [hidden_states[:, :, :1]] * self.frame_padding
             last = [hidden_states[:, :, -1:]] * self.frame_padding
@@ -104,7 +103,7 @@ class MagiHumanTurboSeparableConv3d(nn.Module):
         self.depthwise_conv = MagiHumanTurboConv3d(in_channels, in_channels, kernel_size, groups=in_channels)
         self.pointwise_conv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.pointwise_conv(self.depthwise_conv(hidden_states))
 
 
@@ -119,7 +118,7 @@ class MagiHumanTurboResnetBlock3d(nn.Module):
         out_channels: int,
         separable_kernel_size: int | None,
         shortcut_norm_eps: float,
-        first_activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+        first_activation: Callable[[Tensor], Tensor] = F.silu,
     ) -> None:
         super().__init__()
         conv_class = MagiHumanTurboConv3d if separable_kernel_size is None else MagiHumanTurboSeparableConv3d
@@ -130,7 +129,7 @@ class MagiHumanTurboResnetBlock3d(nn.Module):
         self.shortcut_norm_eps = shortcut_norm_eps
         self.conv_shortcut = conv_class(in_channels, out_channels, (1, 1, 1)) if in_channels != out_channels else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
         hidden_states = self.conv1(self.first_activation(rms_norm(hidden_states)))
         hidden_states = self.conv2(F.silu(rms_norm(hidden_states)))
@@ -149,7 +148,7 @@ class MagiHumanTurboUpsampler3d(nn.Module):
             nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         )
 
-    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, is_first_chunk: bool) -> Tensor:
         if self.time_conv is not None:
             # (batch_size, 2 * channels, num_frames, ...) -> (batch_size, channels, 2 * num_frames, ...)
             hidden_states = self.time_conv(hidden_states).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
@@ -180,7 +179,7 @@ class MagiHumanTurboBlock3d(nn.Module):
         resnet = (out_channels, out_channels, *resnet, F.relu if upsample else F.silu)
         self.resnets = nn.ModuleList(MagiHumanTurboResnetBlock3d(*resnet) for _ in range(num_layers))
 
-    def forward(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, is_first_chunk: bool) -> Tensor:
         if self.conv_in is not None:
             hidden_states = self.conv_in(hidden_states)
         for upsampler in self.upsamplers:
@@ -223,14 +222,10 @@ class MagiHumanTurboDecoder3d(nn.Module):
         self.tile_margin, scale = margin_and_scale(in_tiles.modules())
         self.tile_scale = scale * PATCH_SIZE
 
-    def forward(
-        self, hidden_states: torch.Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """
-        Decodes latents `(batch_size, latent_channels, num_frames, height, width)` to `(batch_size, out_channels,
+    def forward(self, hidden_states: Tensor, is_first_chunk: bool, tile_size: tuple[int, int] | None = None) -> Tensor:
+        """Decodes latents `(batch_size, latent_channels, num_frames, height, width)` to `(batch_size, out_channels,
         4 * num_frames, 16 * height, 16 * width)`, or 3 frames less if `is_first_chunk`: the first latent frame of a
-        video gives one. The large end runs on tiles of `tile_size`, height and width in pixels, one by one.
-        """
+        video gives one. The large end runs on tiles of `tile_size`, height and width in pixels, one by one."""
         hidden_states = self.conv_in(hidden_states)
         hidden_states = self.mid_block(hidden_states, is_first_chunk)
         hidden_states = self.up_blocks[0](hidden_states, is_first_chunk)
@@ -250,7 +245,7 @@ class MagiHumanTurboDecoder3d(nn.Module):
             rows.append(torch.cat(row, dim=4))
         return torch.cat(rows, dim=3)
 
-    def _to_pixels(self, hidden_states: torch.Tensor, is_first_chunk: bool) -> torch.Tensor:
+    def _to_pixels(self, hidden_states: Tensor, is_first_chunk: bool) -> Tensor:
         for up_block in self.up_blocks[1:]:
             hidden_states = up_block(hidden_states, is_first_chunk)
         hidden_states = F.silu(rms_norm(hidden_states))
@@ -262,8 +257,7 @@ class MagiHumanTurboDecoder3d(nn.Module):
 
 
 class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """
-    The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
+    """The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
     light decoder for the latents of the Wan 2.2 VAE, `encode` is the encoder of the Wan 2.2 VAE.
 
     Tuples with one entry per block go from pixels to latents, the reverse of the order in which the decoder runs.
@@ -321,22 +315,15 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_blocks = len(decoder_block_out_channels)
         num_more = {"layers_per_block": 1, "spatio_temporal_scaling": 0, "spatio_only": 0, "is_dw_conv": 1}
         for name, more in num_more.items():
-            value, length = self.config[f"decoder_{name}"], num_blocks + more
-            if len(value) != length:
-                raise ValueError(
-                    f"`decoder_{name}` must have {length} entries for {num_blocks} blocks, but is {value}."
-                )
+            value = self.config[f"decoder_{name}"]
+            if len(value) != num_blocks + more:
+                needed = f"{num_blocks + more} entries for {num_blocks} blocks"
+                raise ValueError(f"`decoder_{name}` must have {needed}, but is {value}.")
         self.encoder = self.quant_conv = None
         if encoder_base_dim is not None:
-            self.encoder = WanEncoder3d(
-                in_channels * PATCH_SIZE**2,
-                dim=encoder_base_dim,
-                z_dim=2 * latent_channels,
-                dim_mult=list(encoder_dim_mult),
-                num_res_blocks=encoder_num_res_blocks,
-                temperal_downsample=encoder_temporal_downsample,
-                is_residual=True,
-            )
+            widths = in_channels * PATCH_SIZE**2, encoder_base_dim, 2 * latent_channels, list(encoder_dim_mult)
+            options = {"temperal_downsample": encoder_temporal_downsample, "is_residual": True}
+            self.encoder = WanEncoder3d(*widths, num_res_blocks=encoder_num_res_blocks, **options)
             self.quant_conv = WanCausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.decoder = MagiHumanTurboDecoder3d(self.config)
         scalings = list(zip(decoder_spatio_temporal_scaling, decoder_spatio_only, strict=True))
@@ -359,13 +346,12 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
     def enable_tiling(
         self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
     ) -> None:
-        """
-        Decode in tiles, to save memory with large videos; the arguments are a tile's height and width in pixels, at
+        """Decode in tiles, to save memory with large videos; the arguments are a tile's height and width in pixels, at
         most, 544 and 480 unless set before. `ValueError` for what is no multiple of `spatial_compression_ratio`.
 
-        Only the end of the decoder, whose feature maps are large, runs on tiles; each has a margin as wide as its
-        convolutions see, which is cut off again. So the tiles meet without seams or blending: the result differs from
-        an untiled one by rounding alone. The margin costs time, the more the smaller the tiles.
+        Only the end of the decoder, whose feature maps are large, runs on tiles, each with a margin as wide as its
+        convolutions see. So they meet without seams: the result differs from an untiled one by rounding alone. The
+        margin costs time, the more the smaller the tiles.
         """
         multiple = self.spatial_compression_ratio
         sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
@@ -376,7 +362,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
         self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+    def _encode(self, x: Tensor) -> Tensor:
         x = patchify(x, PATCH_SIZE)
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         # The encoder changes both in place. The hooks of offloading would replace plain lists by copies.
@@ -387,18 +373,11 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.quant_conv(torch.cat(encoded, dim=2))
 
     @apply_forward_hook
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """
-        Encode videos, exactly as the Wan 2.2 VAE does, to the distribution of their latents, not normalised, of shape
-        `(batch_size, latent_channels, k + 1, height / 16, width / 16)`.
-
-        Args:
-            x (`torch.Tensor` of shape `(batch_size, in_channels, 4 * k + 1, height, width)`): Videos in [-1, 1];
-                height and width are multiples of 16. An image is a video of one frame; `ValueError` for other numbers.
-            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` instead of a tuple.
-        """
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Encode videos `(batch_size, in_channels, 4 * k + 1, height, width)` in [-1, 1], of height and width
+        multiples of 16, exactly as the Wan 2.2 VAE does, to the distribution of their latents `(batch_size,
+        latent_channels, k + 1, height / 16, width / 16)`, not normalised. An image is a video of one frame;
+        `ValueError` for other numbers of frames."""
         if self.encoder is None:
             raise ValueError("This model has no encoder: load one along, `load_original_turbo_vae(encoder=...)`.")
         ratio = self.temporal_compression_ratio
@@ -409,10 +388,9 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode_windows(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
-        """
-        Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts of
-        what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
+    def decode_windows(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts
+        of what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
 
         Each window but the outermost sees one latent frame more on either side, whose frames are cut off again. The
         last latent frame is repeated until the last window is full.
@@ -434,26 +412,21 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
             yield frames[:, :, num_before * ratio : frames.shape[2] - num_cut * ratio]
 
     @apply_forward_hook
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """
-        Decode latents, in tiles after [`~AutoencoderKLMagiHumanTurbo.enable_tiling`], to videos `(batch_size,
-        out_channels, 4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but not clamped.
-
-        Args:
-            z (`torch.Tensor` of shape `(batch_size, latent_channels, num_frames, height, width)`): Latents, not
-                normalised: `z * latents_std + latents_mean` of what a transformer gives.
-            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` instead of a tuple.
-        """
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents `(batch_size, latent_channels, num_frames, height, width)`, not normalised: of what a
+        transformer gives, `z * latents_std + latents_mean`. Videos come as `(batch_size, out_channels,
+        4 * num_frames - 3, 16 * height, 16 * width)`, about in [-1, 1] but not clamped, and are decoded in tiles after
+        [`~AutoencoderKLMagiHumanTurbo.enable_tiling`]."""
         decoded = torch.cat(list(self.decode_windows(z)), dim=2)
         return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 
     def forward(
         self,
-        sample: torch.Tensor,
+        sample: Tensor,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[torch.Tensor]:
+    ) -> DecoderOutput | tuple[Tensor]:
         """Encode videos, draw latents by `generator` or take the mode of their distribution, and decode them again."""
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()

@@ -8,8 +8,6 @@ state for each cache context, as its other caches do; the registry once a model 
 import dataclasses
 from typing import Any
 
-import torch
-import torch.nn as nn
 from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, HookRegistry, SeaCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheBlockState
@@ -17,6 +15,7 @@ from diffusers.hooks.hooks import CacheContext, ModelHook, StateManager
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook, PyramidAttentionBroadcastState
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
 
 
 class ContextStateMixin(ModelHook):
@@ -60,7 +59,7 @@ def register_block(block_class: type[nn.Module]) -> type[nn.Module]:
     return block_class
 
 
-def video_latents(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def video_latents(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The latents that SeaCache compares between steps, each `(channels, num_frames, height, width)`."""
     return list((args[0] if args else kwargs["hidden_states"]).unbind())
 

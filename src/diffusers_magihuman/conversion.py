@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-
+from torch import Tensor
 
 EXPERTS = ("video", "audio", "text")
 ROPE_BANDS = "adapter.rope.bands"
@@ -27,7 +27,7 @@ class Rule(NamedTuple):
     """Rows of one source tensor go to `targets` in order, through `transform`; to float32 always if `is_float32`."""
 
     targets: dict[str, torch.Size]
-    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
     is_float32: bool = False
 
     @property
@@ -35,19 +35,19 @@ class Rule(NamedTuple):
         sizes = list(self.targets.values())
         return torch.Size([sum(size[0] for size in sizes), *sizes[0][1:]])
 
-    def apply(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def apply(self, tensor: Tensor) -> dict[str, Tensor]:
         parts = tensor.split([size[0] for size in self.targets.values()])
         if self.transform is not None:
             parts = [self.transform(part) for part in parts]
         return dict(zip(self.targets, parts, strict=True))
 
 
-def add_one(weight: torch.Tensor) -> torch.Tensor:
+def add_one(weight: Tensor) -> Tensor:
     """Norm weights are stored around zero; the sum is taken in float32, as the original takes it in every call."""
     return weight.float() + 1
 
 
-def deinterleave(weight: torch.Tensor) -> torch.Tensor:
+def deinterleave(weight: Tensor) -> Tensor:
     """Rows gate, linear, gate, linear, ... -> all of gate, then all of linear."""
     return torch.cat([weight[0::2], weight[1::2]])
 
@@ -87,8 +87,7 @@ def stacked_name(name: str) -> str:
 
 
 def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict[str, Rule]:
-    """
-    The rule of every tensor of a transformer except the rotary frequencies, which the model computes.
+    """The rule of every tensor of a transformer except the rotary frequencies, which the model computes.
 
     With `is_split` every linear of every modality has a name of its own, as in single files of some tools, instead of
     the canonical stacked ones. Norms are stacked in both.
@@ -125,9 +124,8 @@ def transformer_rules(config: Mapping[str, Any], is_split: bool = False) -> dict
     return rules
 
 
-def transformer_config_from_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """
-    Reads the arguments of [`MagiHumanTransformer3DModel`] off the shapes of tensors with canonical or split names.
+def transformer_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the arguments of [`MagiHumanTransformer3DModel`] off the shapes of tensors with canonical or split names.
 
     Shapes do not tell the positions of audio and text (`coordinate_style`) nor which layers attend locally; both keep
     the base model's values. Meta tensors will do. Raises a `ValueError` if names that it is read from are missing.
@@ -173,11 +171,8 @@ def transformer_config_from_state_dict(state_dict: Mapping[str, torch.Tensor]) -
     }
 
 
-def convert_transformer_state_dict(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    """
-    Converts tensors with canonical or split names to the state dict of [`MagiHumanTransformer3DModel`].
+def convert_transformer_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Converts tensors with canonical or split names to the state dict of [`MagiHumanTransformer3DModel`].
 
     Norms, embedders and heads come in float32, the others in their own dtype. Raises a `ValueError` for names that are
     missing or unknown, and for shapes or rotary frequencies that the config does not give.
@@ -185,7 +180,7 @@ def convert_transformer_state_dict(
     return dict(convert_tensors(state_dict, checked_rules(state_dict, config)))
 
 
-def checked_rules(source: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Rule]:
+def checked_rules(source: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Rule]:
     """The rules of a transformer whose names, shapes and rotary frequencies fit the config, whichever its layout."""
     rules = transformer_rules(config, is_split=any(re.search(r"\.linear_q[._]", name) for name in source))
     if "video_embedder.weight" in source:  # our names
@@ -202,7 +197,7 @@ def checked_rules(source: Mapping[str, torch.Tensor], config: Mapping[str, Any])
     return rules
 
 
-def plan_transformer(source: Mapping[str, torch.Tensor], variant: str) -> tuple[dict[str, Any], dict[str, Rule]]:
+def plan_transformer(source: Mapping[str, Tensor], variant: str) -> tuple[dict[str, Any], dict[str, Rule]]:
     """The config and the rules of a checkpoint, once all names and shapes are checked."""
     config = transformer_config_from_state_dict(source)
     config |= variant_config(variant, config["num_layers"])
@@ -210,8 +205,8 @@ def plan_transformer(source: Mapping[str, torch.Tensor], variant: str) -> tuple[
 
 
 def convert_tensors(
-    source: Mapping[str, torch.Tensor], rules: Mapping[str, Rule], dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+    source: Mapping[str, Tensor], rules: Mapping[str, Rule], dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Our tensors one by one: scaled float8 multiplied out, fp32 parts in float32, others in `dtype`, if given.
 
     What GGUF holds in blocks of bits stays so; a block is part of a row, so whole rows can go anywhere.
@@ -230,11 +225,11 @@ def convert_tensors(
             yield target, part.contiguous()
 
 
-def is_gguf(tensor: torch.Tensor) -> bool:
+def is_gguf(tensor: Tensor) -> bool:
     return hasattr(tensor, "quant_type")
 
 
-def tensor_shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+def tensor_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """The shape of each tensor but the scales of float8; of a quantised one of GGUF that of its values."""
     shapes = getattr(state_dict, "shapes", None) or {  # those of files are known without reading tensors
         name: tensor.quant_shape if is_gguf(tensor) else tensor.shape for name, tensor in state_dict.items()
@@ -242,7 +237,7 @@ def tensor_shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Siz
     return {name: torch.Size(shape) for name, shape in shapes.items() if not name.endswith(FP8_SCALE)}
 
 
-def check_names_and_shapes(source: Mapping[str, torch.Tensor], rules: Mapping[str, Rule]) -> None:
+def check_names_and_shapes(source: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> None:
     shapes, expected = tensor_shapes(source), {name: rule.shape for name, rule in rules.items()}
     wrong = [name for name, shape in shapes.items() if name in expected and shape != expected[name]]
     problems = {

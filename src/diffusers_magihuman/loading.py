@@ -16,13 +16,13 @@ from diffusers import AutoencoderKLWan, AutoencoderOobleck, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoTokenizer, T5GemmaConfig, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .conversion import Rule, check_names_and_shapes, check_variant, convert_tensors, guess_variant, plan_transformer
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .transformer_magihuman import MagiHumanTransformer3DModel
-
 
 ORIGINAL = "GAIR/daVinci-MagiHuman"
 TEXT_ENCODER = "google/t5gemma-9b-9b-ul2"
@@ -43,7 +43,7 @@ class LazyTensors(UserDict[str, Any]):
             with open_safetensors(path) as file:
                 self.shapes |= {x: torch.Size(file.get_slice(x).get_shape()) for x in files if files[x] == path}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         with open_safetensors(self.data[name]) as file:
             return file.get_tensor(name)
 
@@ -122,8 +122,7 @@ def load_original_transformer(
     dtype: torch.dtype = torch.bfloat16,
     **hub_kwargs: Any,
 ) -> MagiHumanTransformer3DModel:
-    """
-    Loads a transformer from any published layout: canonical or split names, a file or shards, scaled float8 or not.
+    """Loads a transformer from any published layout: canonical or split names, a file or shards, scaled float8 or not.
 
     Args:
         path_or_repo (`str` or `os.PathLike`): A safetensors file, a directory, or a repository on the Hub.
@@ -132,9 +131,8 @@ def load_original_transformer(
         dtype (`torch.dtype`): What the linears compute in; norms, embedders and heads are always float32.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the download.
 
-    Raises:
-        `ValueError`: The variant cannot be guessed, or tensors do not fit.
-        `OSError`: A file or repository is missing, damaged or not accessible.
+    `ValueError`: the variant cannot be guessed, or tensors do not fit; `OSError`: a file or repository is missing,
+    damaged or not accessible.
     """
     variant = check_variant(variant or guess_variant(path_or_repo, subfolder))
     source = open_transformer(path_or_repo, subfolder, variant, **hub_kwargs)
@@ -159,13 +157,9 @@ def turbo_vae_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
     return rules
 
 
-def convert_turbo_vae_state_dict(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
+def convert_turbo_vae_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Converts a decoder by the original's names, `decoder.` before each, to ours; a `ValueError` if one does not fit.
-
-    Keys of `config` that [`AutoencoderKLMagiHumanTurbo`] does not know are ignored.
-    """
+    Keys of `config` that [`AutoencoderKLMagiHumanTurbo`] does not know are ignored."""
     rules = turbo_vae_rules(config)
     check_names_and_shapes(state_dict, rules)
     return dict(convert_tensors(state_dict, rules))
@@ -179,19 +173,13 @@ def load_original_turbo_vae(
     **hub_kwargs: Any,
 ) -> AutoencoderKLMagiHumanTurbo:
     """
-    Loads the Turbo VAE from the published checkpoint, a pickle of plain tensors, or from safetensors.
+    Loads the Turbo VAE from the published checkpoint, a pickle of plain tensors (`OSError` for more), or safetensors.
 
     Args:
-        path_or_repo (`str` or `os.PathLike`): A file, a directory, or a repository on the Hub.
+        path_or_repo, hub_kwargs: See [`load_original_transformer`], also for errors; `dtype` is that of all weights.
         subfolder (`str`, *optional*): Directory within it; `"turbo_vae"` if there is one, and of a repository.
         encoder (`str` or `os.PathLike`, *optional*): Wan 2.2 VAE in Diffusers format whose encoder is taken along, a
             directory or a repository with a folder `vae`. Without it the model only decodes.
-        dtype (`torch.dtype`): Dtype of all weights.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the download.
-
-    Raises:
-        `ValueError`: Tensors do not fit.
-        `OSError`: A file or repository is missing, damaged, not accessible, or a pickle that holds more than tensors.
     """
     if subfolder is None and (not os.path.exists(path_or_repo) or (Path(path_or_repo) / "turbo_vae").is_dir()):
         subfolder = "turbo_vae"
@@ -226,11 +214,8 @@ def load_original_turbo_vae(
 def load_text_encoder(
     path_or_repo: Source = TEXT_ENCODER, dtype: torch.dtype = torch.bfloat16, **hub_kwargs: Any
 ) -> tuple[Any, T5GemmaEncoderModel]:
-    """
-    Loads T5Gemma's tokenizer and encoder; shards that hold nothing but decoder are not downloaded.
-
-    `dtype` is that of all weights; `hub_kwargs` and errors are those of [`load_original_transformer`].
-    """
+    """Loads T5Gemma's tokenizer and encoder, whose weights come in `dtype`; shards that hold nothing but decoder are
+    not downloaded. `hub_kwargs` and errors are those of [`load_original_transformer`]."""
     tokenizer, tensors, rules, config = open_text_encoder(path_or_repo, **hub_kwargs)
     weights = dict(convert_tensors(tensors, rules, dtype))
     return tokenizer, T5GemmaEncoderModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -263,8 +248,7 @@ def load_original_components(
     turbo_vae: Source | None = ORIGINAL,
     **hub_kwargs: Any,
 ) -> dict[str, Any]:
-    """
-    Loads all components of a pipeline, by name, from the repositories that hold them, or from local copies.
+    """Loads all components of a pipeline, by name, from the repositories that hold them, or from local copies.
 
     Args:
         path_or_repo, variant, subfolder: The transformer, see [`load_original_transformer`], also for errors.

@@ -15,9 +15,9 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging
 from diffusers.utils.peft_utils import require_peft_backend
+from torch import Tensor
 
 from .conversion import Rule, transformer_rules
-
 
 # Diffusers, PEFT, ComfyUI, DiffSynth, wrappers of PyTorch, kohya and musubi, LyCORIS; some of them together.
 LORA_PREFIX = re.compile(
@@ -34,26 +34,22 @@ LORA_SUFFIXES = {
     "diff": (".diff",),  # ComfyUI's extraction of full rank, which also writes zeros for what did not change
     "diff_b": (".diff_b",),
 }
-LoraModules = dict[str, dict[str, torch.Tensor]]
+LoraModules = dict[str, dict[str, Tensor]]
 LORA_KINDS = {suffix: kind for kind, suffixes in LORA_SUFFIXES.items() for suffix in suffixes}
 
 
 def convert_lora_state_dict(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """
-    Converts a LoRA to the names of [`MagiHumanTransformer3DModel`] and of PEFT.
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Converts a LoRA to the names of [`MagiHumanTransformer3DModel`] and of PEFT.
 
     Modules may have the original's names, canonical or split, or ours; tensors the suffixes of `LORA_SUFFIXES`. A
     `diff` becomes a LoRA of full rank; one that is zero, as tools write for norms, is left out.
 
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, float]]`: Tensors by their names in PEFT, and the alpha of each
-        linear, the rank where none is given; the names of both begin with `transformer.`.
-
-    Raises:
-        `ValueError`: Lists modules that are unknown or given twice, tensors that are misshapen or lack another one,
-            and what a LoRA in PEFT cannot hold: changes of norms and biases, DoRA or biases of some modules only.
+    Returns tensors by their names in PEFT, and the alpha of each linear, the rank where none is given; the names of
+    both begin with `transformer.`. A `ValueError` lists modules that are unknown or given twice, tensors that are
+    misshapen or lack another one, and what a LoRA in PEFT cannot hold: changes of norms and biases, DoRA or biases of
+    some modules only.
     """
     rules = transformer_rules(config) | transformer_rules(config, is_split=True)
     rules |= {name: Rule({name: shape}) for rule in rules.values() for name, shape in rule.targets.items()}
@@ -76,7 +72,7 @@ def convert_lora_state_dict(
     return tensors, alphas
 
 
-def group_by_module(state_dict: Mapping[str, torch.Tensor], rules: Mapping[str, Rule]) -> LoraModules:
+def group_by_module(state_dict: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> LoraModules:
     """The tensors of every module by their kind, once they are checked."""
     aliases = {module.replace(".", "_"): module for module in rules}
     modules: LoraModules = {}
@@ -124,8 +120,8 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     @classmethod
     def lora_state_dict(
-        cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any
-    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        cls, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Any] | None]:
         """Reads a LoRA as it is, as the base class does, but keeps DoRA. Pickles are read as plain tensors only."""
         return_lora_metadata = kwargs.pop("return_lora_metadata", False)
         use_safetensors = kwargs.pop("use_safetensors", None)
@@ -143,14 +139,13 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     @require_peft_backend
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
+        pretrained_model_name_or_path_or_dict: str | dict[str, Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
         low_cpu_mem_usage: bool = True,
         **kwargs: Any,
     ) -> None:
-        """
-        Loads a LoRA with the names of Diffusers or of the original, see [`convert_lora_state_dict`].
+        """Loads a LoRA with the names of Diffusers or of the original, see [`convert_lora_state_dict`].
 
         Args:
             pretrained_model_name_or_path_or_dict (`str` or `dict`): Repository, directory, file or tensors by name.
@@ -159,9 +154,8 @@ class MagiHumanLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             low_cpu_mem_usage (`bool`, defaults to `True`): Whether to skip the initialisation of the new weights.
             kwargs: How to find and read the file, such as `weight_name`, `subfolder`, `revision`, `use_safetensors`.
 
-        Raises:
-            `ValueError`: PEFT is missing, projections are fused, or the LoRA does not fit; nothing is changed then.
-            `OSError`: A file or repository is missing, damaged or not accessible, or a pickle of more than tensors.
+        `ValueError`: PEFT is missing, projections are fused, or the LoRA does not fit; nothing is changed then.
+        `OSError`: a file or repository is missing, damaged or not accessible, or a pickle of more than tensors.
         """
         source = pretrained_model_name_or_path_or_dict
         self.transformer.check_projections_are_unfused()

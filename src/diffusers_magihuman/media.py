@@ -23,9 +23,9 @@ import scipy.signal
 import soundfile
 import torch
 from diffusers.utils import load_image
+from torch import Tensor
 
-
-Array = np.ndarray | torch.Tensor
+Array = np.ndarray | Tensor
 ImageInput = str | os.PathLike[str] | PIL.Image.Image | Array
 VideoInput = str | os.PathLike[str] | Array | list[PIL.Image.Image | Array]
 AudioInput = str | os.PathLike[str] | tuple[Array, int]
@@ -48,9 +48,8 @@ def export_to_mp4(
     fps: float | Fraction = 25,
     sampling_rate: int = 44100,
 ) -> str:
-    """
-    Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`. The audio is cut, or padded with
-    silence, to `num_frames / fps` seconds. A failure leaves a file of this name as it was.
+    """Writes an mp4 (H.264 yuv420p, AAC stereo) that browsers play, and returns `path`. The audio is cut, or padded
+    with silence, to `num_frames / fps` seconds. A failure leaves a file of this name as it was.
 
     Args:
         frames: Any iterable of frames of one even height and width, consumed one at a time: arrays
@@ -110,11 +109,9 @@ def check_mp4_path(path: str | os.PathLike[str]) -> Path:
 
 
 def load_images(image: ImageInput | list[ImageInput]) -> list[PIL.Image.Image]:
-    """
-    Reads one image or several, a list or an array with a leading axis, as RGB: a path or URL, a PIL image, an array
+    """Reads one image or several, a list or an array with a leading axis, as RGB: a path or URL, a PIL image, an array
     `(height, width, 3)`, float in [0, 1] or uint8, or a float tensor `(3, height, width)` in [0, 1]. ValueError for
-    what is none, OSError for a file that is none.
-    """
+    what is none, OSError for a file that is none."""
     is_several = isinstance(image, list) or (isinstance(image, Array) and image.ndim == 4)
     if is_several and not len(image):
         raise ValueError("`image` is an empty list, it must have at least one image.")
@@ -132,20 +129,18 @@ def _load_image(image: ImageInput) -> PIL.Image.Image:
         raise OSError(f"`image` is {str(image)!r}, which cannot be read as an image: {error}") from error
 
 
-def load_videos(video: VideoInput | list[VideoInput], frame_rate: int) -> list[torch.Tensor]:
-    """
-    Reads one video or several, a list or an array with a leading axis, as float32 `(num_frames, 3, height, width)` in
-    [0, 1]: a path of a file of `frame_rate`, an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8, a
+def load_videos(video: VideoInput | list[VideoInput], frame_rate: int) -> list[Tensor]:
+    """Reads one video or several, a list or an array with a leading axis, as float32 `(num_frames, 3, height, width)`
+    in [0, 1]: a path of a file of `frame_rate`, an array `(num_frames, height, width, 3)`, float in [0, 1] or uint8, a
     float tensor `(num_frames, 3, height, width)` in [0, 1], or a list of frames. Raises what [`read_video`] does, and
-    ValueError for what is no video.
-    """
+    ValueError for what is no video."""
     first = video[0] if isinstance(video, list) and video else None
     is_batch = isinstance(video, Array) and video.ndim == 5
     is_several = is_batch or isinstance(first, str | os.PathLike | list) or np.ndim(first) == 4
     return [_load_video(item, frame_rate) for item in (video if is_several else [video])]
 
 
-def _load_video(video: VideoInput, frame_rate: int) -> torch.Tensor:
+def _load_video(video: VideoInput, frame_rate: int) -> Tensor:
     if isinstance(video, str | os.PathLike):
         video, rate = read_video(video)
         if rate != frame_rate:
@@ -188,9 +183,8 @@ def crop_to_aspect(image: PIL.Image.Image, height: int, width: int) -> PIL.Image
     return image.crop((left, top, left + box_width, top + box_height))
 
 
-def load_audio(audio: AudioInput | Array, sampling_rate: int) -> torch.Tensor:
-    """
-    Reads audio as stereo of `sampling_rate` samples a second, float32 `(2, num_samples)`.
+def load_audio(audio: AudioInput | Array, sampling_rate: int) -> Tensor:
+    """Reads audio as stereo of `sampling_rate` samples a second, float32 `(2, num_samples)`.
 
     `audio` is a path, see [`read_audio`], or `(waveform, rate)`, or a waveform that has the right rate already. A
     waveform is `(num_samples,)` or `(channels, num_samples)`, float in about [-1, 1] or int16. Mono is duplicated, and
@@ -225,7 +219,7 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
     return _to_channels(samples.T), rate
 
 
-def resample_audio(audio: torch.Tensor, num_samples: int) -> torch.Tensor:
+def resample_audio(audio: Tensor, num_samples: int) -> Tensor:
     """Resamples float32 `(..., num_samples_in)` by the FFT method, which takes the signal as one period."""
     resampled = scipy.signal.resample(audio.detach().cpu().numpy(), num_samples, axis=-1)
     return torch.from_numpy(resampled).to(audio.device)
@@ -233,7 +227,7 @@ def resample_audio(audio: torch.Tensor, num_samples: int) -> torch.Tensor:
 
 def _to_numpy(data: Array | PIL.Image.Image) -> np.ndarray:
     """Copies a tensor from its device, floats as float32 (numpy has no bfloat16)."""
-    if isinstance(data, torch.Tensor):
+    if isinstance(data, Tensor):
         data = data.detach().cpu()
         return (data.float() if data.is_floating_point() else data).numpy()
     return np.asarray(data)
@@ -241,7 +235,7 @@ def _to_numpy(data: Array | PIL.Image.Image) -> np.ndarray:
 
 def _to_frame(frame: Array | PIL.Image.Image, name: str) -> np.ndarray:
     """Checks one frame and returns it as `(height, width, 3)`, uint8 or float32 in [0, 1]."""
-    is_tensor = isinstance(frame, torch.Tensor)
+    is_tensor = isinstance(frame, Tensor)
     array = _to_numpy(frame)
     is_float = array.dtype.kind == "f"
     if array.ndim != 3 or array.shape[0 if is_tensor else 2] != 3 or not (is_float or array.dtype == np.uint8):

@@ -10,43 +10,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelModelPlan, ContextParallelOutput
 from diffusers.models.attention_dispatch import SeqAllToAllDim
+from torch import Tensor, nn
 
 from .caches import check_cache
 
-
 AnyParallelConfig = ParallelConfig | ContextParallelConfig | TensorParallelConfig
-CONTEXT_PARALLEL_PLAN: ContextParallelModelPlan = {
-    "shard_tokens": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-    "rope": dict.fromkeys((0, 1), ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)),
-    "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
-}
 
 
-def make_tensor_parallel_plan(transformer_blocks: nn.ModuleList) -> dict[str, str | PackedColwiseParallel]:
-    """How each linear of the blocks is split, by its name: heads and inner channels are shared out."""
-    plan: dict[str, str | PackedColwiseParallel] = {}
-    modules = transformer_blocks.named_modules(prefix="transformer_blocks")
-    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-    for name, linear in linears.items():
-        parent, _, kind = name.rpartition(".")
-        plan[name] = "rowwise" if kind in ("to_out", "linear_out") else "colwise"
-        if kind == "linear_in" and linear.out_features != linears[f"{parent}.linear_out"].in_features:
-            plan[name] = PackedColwiseParallel([1, 1])  # gate and linear half of a SwiGLU
-    return plan
-
-
-def pad_to_multiple(states: torch.Tensor, multiple: int) -> torch.Tensor:
+def pad_to_multiple(states: Tensor, multiple: int) -> Tensor:
     """Adds zeros at the end of dimension 1 until its length is a multiple."""
     return F.pad(states, [0, 0] * (states.ndim - 2) + [0, -states.shape[1] % multiple])
 
 
-def to_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> torch.Tensor:
+def to_shards(states: Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> Tensor:
     """Pads every modality and orders the sequence (dimension 1) shard by shard."""
     if num_shards == 1:
         return states
@@ -55,7 +36,7 @@ def to_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shard
     return torch.cat(parts, dim=2).flatten(1, 2)
 
 
-def from_shards(states: torch.Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> torch.Tensor:
+def from_shards(states: Tensor, modality_lengths: tuple[int, ...], num_shards: int) -> Tensor:
     """Undoes `to_shards`."""
     shard_lengths = [-(-length // num_shards) for length in modality_lengths]
     parts = states.unflatten(1, (num_shards, -1)).split(shard_lengths, dim=2)
@@ -69,7 +50,7 @@ def ulysses_group(parallel_config: ParallelConfig | None) -> "dist.ProcessGroup 
     return None if context is None else context._ulysses_mesh.get_group()
 
 
-def gather_sequence(states: torch.Tensor, lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
+def gather_sequence(states: Tensor, lengths: tuple[int, ...], group: "dist.ProcessGroup") -> Tensor:
     """From a shard of the sequence and all heads to the whole sequence and an equal part of the heads."""
     num_shards, num_heads = group.size(), states.shape[2]
     if num_heads % num_shards:  # only so far that every process has one
@@ -77,7 +58,7 @@ def gather_sequence(states: torch.Tensor, lengths: tuple[int, ...], group: "dist
     return from_shards(SeqAllToAllDim.apply(group, states, 2, 1), lengths, num_shards)
 
 
-def gather_heads(states: torch.Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup") -> torch.Tensor:
+def gather_heads(states: Tensor, modality_lengths: tuple[int, ...], group: "dist.ProcessGroup") -> Tensor:
     """Undoes `gather_sequence`."""
     return SeqAllToAllDim.apply(group, to_shards(states, modality_lengths, group.size()), 1, 2)
 
@@ -85,20 +66,32 @@ def gather_heads(states: torch.Tensor, modality_lengths: tuple[int, ...], group:
 class MagiHumanParallelMixin:
     """Diffusers' context and tensor parallelism, for a transformer with `transformer_blocks`."""
 
+    _cp_plan: ContextParallelModelPlan = {
+        "shard_tokens": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "rope": dict.fromkeys((0, 1), ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)),
+        "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    def make_tensor_parallel_plan(self) -> dict[str, str | PackedColwiseParallel]:
+        """How each linear of the blocks is split, by its name: heads and inner channels are shared out."""
+        plan: dict[str, str | PackedColwiseParallel] = {}
+        modules = self.transformer_blocks.named_modules(prefix="transformer_blocks")
+        linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+        for name, linear in linears.items():
+            parent, _, kind = name.rpartition(".")
+            plan[name] = "rowwise" if kind in ("to_out", "linear_out") else "colwise"
+            if kind == "linear_in" and linear.out_features != linears[f"{parent}.linear_out"].in_features:
+                plan[name] = PackedColwiseParallel([1, 1])  # gate and linear half of a SwiGLU
+        return plan
+
     def enable_parallelism(self, *, config: AnyParallelConfig, cp_plan: dict[str, Any] | None = None) -> None:
         """Shares the work out to the processes of `torch.distributed`, each of which must be given the same inputs.
 
-        Context parallelism splits the sequence, for any lengths of video, audio and text. Tensor parallelism splits
-        the weights of the blocks; Diffusers has it on accelerators only.
-
-        Args:
-            config (`ContextParallelConfig`, `TensorParallelConfig` or `ParallelConfig` with one of them):
-                `ulysses_degree` or `tp_degree` is the number of processes.
-            cp_plan (`dict`, *optional*): A plan of context parallelism in place of the model's own.
-
-        Raises:
-            `ValueError`: `ulysses_degree` does not divide the attention heads, or comes with a first-block cache, or
-                `ring_degree` is not 1; `tp_degree` does not divide the key and value heads, or projections are fused.
+        A `ContextParallelConfig` splits the sequence, of any lengths, to `ulysses_degree` processes, by a `cp_plan` or
+        the model's own; a `TensorParallelConfig` splits the weights of the blocks to `tp_degree` (Diffusers has it on
+        accelerators only). `ValueError`: `ulysses_degree` does not divide the attention heads, or comes with a
+        first-block cache, or `ring_degree` is not 1; `tp_degree` does not divide the key and value heads, or
+        projections are fused.
         """
         context = config if isinstance(config, ContextParallelConfig) else None
         tensor = config if isinstance(config, TensorParallelConfig) else None
@@ -107,15 +100,12 @@ class MagiHumanParallelMixin:
         degrees = []
         if context is not None:
             if context.ring_degree > 1:
-                raise ValueError(
-                    f"`ring_degree`={context.ring_degree} must be 1: ring attention can neither leave out the padding"
-                    " of shards nor serve frame-local layers. Use `ulysses_degree`."
-                )
+                reason = "it can neither leave out the padding of shards nor serve frame-local layers"
+                raise ValueError(f"`ring_degree`={context.ring_degree} must be 1: {reason}. Use `ulysses_degree`.")
             check_cache(self._cache_config, is_shared_out=True)
             degrees.append(("ulysses_degree", context.ulysses_degree, self.config.num_attention_heads, "attention"))
         if tensor is not None:
-            if any(block.attn.fused_projections for block in self.transformer_blocks):
-                raise ValueError("Fused projections cannot be split: call `unfuse_qkv_projections()` first.")
+            self.check_projections_are_unfused()
             degree = tensor.tp_degree if tensor.mesh is None else tensor.mesh.size()
             degrees.append(("tp_degree", degree, self.config.num_key_value_heads, "key and value"))
         for name, degree, num_heads, kind in degrees:

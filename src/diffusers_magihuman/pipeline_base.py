@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from diffusers.video_processor import VideoProcessor
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
@@ -31,15 +32,14 @@ from .loading import load_original_components
 from .lora import MagiHumanLoraLoaderMixin
 from .media import AudioInput, crop_to_aspect, load_audio, read_audio, resample_audio
 
-
 logger = logging.get_logger(__name__)
 
-Audio = torch.Tensor | np.ndarray
-Frames = torch.Tensor | np.ndarray | list[list[PIL.Image.Image]] | list[Iterator[np.ndarray]]
+Audio = Tensor | np.ndarray
+Frames = Tensor | np.ndarray | list[list[PIL.Image.Image]] | list[Iterator[np.ndarray]]
 Generators = torch.Generator | list[torch.Generator] | None
 Inputs = dict[str, Any]  # arguments of a call by name
-StepCallback = Callable[[Any, int, torch.Tensor, dict], dict | None]
-Text = tuple[torch.Tensor | None, torch.Tensor | None]  # embeddings and the mask of tokens that are real
+StepCallback = Callable[[Any, int, Tensor, dict], dict | None]
+Text = tuple[Tensor | None, Tensor | None]  # embeddings and the mask of tokens that are real
 
 FRAME_RATE = 25  # frames, and audio latents, a second
 MAX_SEQUENCE_LENGTH = 640
@@ -71,8 +71,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass
 class MagiHumanPipelineOutput(BaseOutput):
-    """
-    Videos at 25 frames a second, and their audio.
+    """Videos at 25 frames a second, and their audio.
 
     Args:
         frames (`torch.Tensor`, `np.ndarray` or `list`): For `"np"` `(batch_size, num_frames, height, width, 3)`, for
@@ -173,45 +172,41 @@ def encode_texts(
     return embeds.repeat_interleave(num_videos, dim=0), mask.repeat_interleave(num_videos, dim=0)
 
 
-def trim_embeds(embeds: torch.Tensor, mask: torch.Tensor) -> Text:
+def trim_embeds(embeds: Tensor, mask: Tensor) -> Text:
     """Moves padding to the end and cuts it at the longest text; no mask is left where no text is shorter."""
     order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
     embeds, mask = embeds.take_along_dim(order[..., None], dim=1), mask.take_along_dim(order, dim=1)
     return embeds, None if mask.all() else mask
 
 
-def repeat(items: torch.Tensor | list, batch_size: int) -> torch.Tensor | list:
+def repeat(items: Tensor | list, batch_size: int) -> Tensor | list:
     """Repeats each item, so that there is one for each video."""
     times, is_list = batch_size // len(items), isinstance(items, list)
     return [item for item in items for _ in range(times)] if is_list else items.repeat_interleave(times, dim=0)
 
 
-def latent_statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation of the channels, `(1, channels, 1, 1, 1)`."""
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     return mean, 1.0 / torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
 
 
-def encode_video(pipe: Any, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """
-    Encodes videos `(batch_size, 3, 4 * k + 1, height, width)` in [-1, 1] to the mode of their latents: float32
-    `(batch_size, channels, k + 1, latent_height, latent_width)`, normalised.
-    """
+def encode_video(pipe: Any, pixels: Tensor, device: torch.device) -> Tensor:
+    """Encodes videos `(batch_size, 3, 4 * k + 1, height, width)` in [-1, 1] to the mode of their latents: float32
+    `(batch_size, channels, k + 1, latent_height, latent_width)`, normalised."""
     latents = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode().float()
     mean, inverse_std = latent_statistics(pipe.vae, device)
     return (latents - mean) * inverse_std
 
 
-def encode_image(
-    pipe: Any, images: list[PIL.Image.Image], height: int, width: int, device: torch.device
-) -> torch.Tensor:
+def encode_image(pipe: Any, images: list[PIL.Image.Image], height: int, width: int, device: torch.device) -> Tensor:
     """Encodes images, cropped at the centre to the aspect of a video and resized, as videos of one frame."""
     images = [crop_to_aspect(image, height, width) for image in images]
     pixels = torch.cat([pipe.video_processor.preprocess(image, height, width) for image in images])
     return encode_video(pipe, pixels[:, :, None], device)
 
 
-def load_audios(audio: AudioInput | list[AudioInput], *sampling_rates: int) -> list[list[torch.Tensor]]:
+def load_audios(audio: AudioInput | list[AudioInput], *sampling_rates: int) -> list[list[Tensor]]:
     """Reads audio, one or several, each file once: for each sampling rate a list of float32 `(2, num_samples)`."""
     items = audio if isinstance(audio, list) else [audio]
     if not items or any(isinstance(item, Audio) for item in items):
@@ -220,7 +215,7 @@ def load_audios(audio: AudioInput | list[AudioInput], *sampling_rates: int) -> l
     return [[load_audio(item, rate) for item in items] for rate in sampling_rates]
 
 
-def fit_audio(audio: torch.Tensor, num_samples: int) -> torch.Tensor:
+def fit_audio(audio: Tensor, num_samples: int) -> Tensor:
     """Cuts audio `(channels, length)`, or pads it with silence, to `(channels, num_samples)`."""
     return F.pad(audio[:, :num_samples], (0, max(num_samples - audio.shape[1], 0)))
 
@@ -232,21 +227,15 @@ def count_audio_latents(num_samples: int, hop_length: int) -> int:
 
 
 def encode_audio(
-    pipe: Any,
-    audio: torch.Tensor | list[torch.Tensor],
-    generator: Generators,
-    device: torch.device,
-    num_frames: int | None = None,
-) -> torch.Tensor:
-    """
-    Encodes audio `(2, num_samples)` of `audio_vae.hop_length` samples a latent, or a list of it, in windows of 29
+    pipe: Any, audio: Tensor | list[Tensor], generator: Generators, device: torch.device, num_frames: int | None = None
+) -> Tensor:
+    """Encodes audio `(2, num_samples)` of `audio_vae.hop_length` samples a latent, or a list of it, in windows of 29
     seconds: float32 `(num_items, num_frames, channels)`, 25 a second. Samples from the autoencoder as the original
-    does, by one generator or one for each item; with `num_frames` each is cut to it first, or padded with silence.
-    """
+    does, by one generator or one for each item; with `num_frames` each is cut to it first, or padded with silence."""
     vae, hop_length = pipe.audio_vae, pipe.audio_vae.hop_length
 
-    def encode_item(item: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        def encode(window: torch.Tensor) -> torch.Tensor:
+    def encode_item(item: Tensor, generator: torch.Generator | None) -> Tensor:
+        def encode(window: Tensor) -> Tensor:
             posterior = vae.encode(window.to(device, vae.dtype)).latent_dist
             return posterior.sample(generator).transpose(1, 2).float()
 
@@ -260,12 +249,11 @@ def encode_audio(
 
 
 def encode_in_windows(
-    audio: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor], window_length: int, hop_length: int
-) -> torch.Tensor:
-    """
-    Encodes audio `(batch_size, channels, num_samples)` in windows that overlap by half, cross-faded linearly: to what
-    `encode` returns, `(batch_size, length, latent_channels)`, or of several `ceil(num_samples / hop_length)` latents.
-    """
+    audio: Tensor, encode: Callable[[Tensor], Tensor], window_length: int, hop_length: int
+) -> Tensor:
+    """Encodes audio `(batch_size, channels, num_samples)` in windows that overlap by half, cross-faded linearly: to
+    what `encode` returns, `(batch_size, length, latent_channels)`, or of several `ceil(num_samples / hop_length)`
+    latents."""
     num_samples = audio.shape[-1]
     if num_samples <= window_length:
         return encode(audio)
@@ -283,11 +271,11 @@ def encode_in_windows(
     return merged[:, : math.ceil(num_samples / hop_length)]
 
 
-def keep_first_frame(latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
+def keep_first_frame(latents: Tensor, image_latents: Tensor | None) -> Tensor:
     return latents if image_latents is None else torch.cat([image_latents, latents[:, :, 1:]], dim=2)
 
 
-def decode_windows(pipe: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+def decode_windows(pipe: Any, latents: Tensor) -> Iterator[Tensor]:
     """Decodes normalised latents to float32 windows `(batch_size, 3, num_frames, height, width)` in [-1, 1]."""
     mean, inverse_std = latent_statistics(pipe.vae, latents.device)
     latents = (latents / inverse_std + mean).to(pipe.vae.dtype)
@@ -296,13 +284,13 @@ def decode_windows(pipe: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         yield window.float()
 
 
-def decode_frames(pipe: Any, latents: torch.Tensor, output_type: str) -> Iterator[Any]:
+def decode_frames(pipe: Any, latents: Tensor, output_type: str) -> Iterator[Any]:
     """Decodes the latents of one video; each window leaves the device once it is done, unless tensors are wanted."""
     for window in decode_windows(pipe, latents):
         yield from pipe.video_processor.postprocess_video(window, output_type)[0]
 
 
-def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str) -> Frames:
+def decode_latents(pipe: Any, latents: Tensor, output_type: str) -> Frames:
     """Decodes normalised latents to frames, see [`MagiHumanPipelineOutput`]."""
     if output_type == "stream":
         return [pipe.stream_frames(sample) for sample in latents.split(1)]
@@ -310,7 +298,7 @@ def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str) -> Frames
     return stack([stack([*decode_frames(pipe, sample, output_type)]) for sample in latents.split(1)])
 
 
-def decode_audio(pipe: Any, audio_latents: torch.Tensor, output_type: str) -> Audio:
+def decode_audio(pipe: Any, audio_latents: Tensor, output_type: str) -> Audio:
     """Decodes latents to audio at the sampling rate in the autoencoder's config, see [`MagiHumanPipelineOutput`]."""
     vae = pipe.audio_vae
     audio = vae.decode(audio_latents.transpose(1, 2).to(vae.dtype)).sample.float()
@@ -320,8 +308,7 @@ def decode_audio(pipe: Any, audio_latents: torch.Tensor, output_type: str) -> Au
 
 
 class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
-    """
-    Base of the pipelines, with the one loop. Any component may be `None` in calls that do not need it, for example
+    """Base of the pipelines, with the one loop. Any component may be `None` in calls that do not need it, for example
     `text_encoder` when embeddings are given or the autoencoders with `output_type="latent"`.
 
     Args:
@@ -370,10 +357,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
     def from_pipe(
         cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> DiffusionPipeline:
-        """
-        Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`. A `dtype`
-        casts them all, the other pipeline's with them; by default, unlike in Diffusers, every one stays as it is.
-        """
+        """Makes a pipeline that shares the components of another, but for those, and settings, in `kwargs`. A `dtype`
+        casts them all, the other pipeline's with them; by default, unlike in Diffusers, every one stays as it is."""
         if dtype is not None:
             return super().from_pipe(pipeline, dtype=dtype, **kwargs)
         names = inspect.signature(cls).parameters
@@ -387,8 +372,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         dtype: torch.dtype = torch.bfloat16,
         **kwargs: Any,
     ) -> "MagiHumanPipeline":
-        """
-        Puts the pipeline together from the original's repositories, or local copies, as they are published.
+        """Puts the pipeline together from the original's repositories, or local copies, as they are published.
 
         Args:
             path_or_repo (`str`): Directory, file or repository of the transformer in any published layout.
@@ -396,9 +380,8 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
             dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the float32 parts.
             kwargs: See [`~checkpoints.load_original_components`]: `subfolder`, the other repositories, downloads.
 
-        Raises:
-            `ValueError`: The variant is not one of this pipeline, cannot be guessed, or tensors do not fit.
-            `OSError`: A repository is missing, or gated: it is named with the page where access is granted.
+        `ValueError`: the variant is not one of this pipeline, cannot be guessed, or tensors do not fit. `OSError`: a
+        repository is missing, or gated: it is named with the page where access is granted.
         """
         variant = variant or guess_variant(path_or_repo, kwargs.get("subfolder"))
         if variant not in cls.original_variants:
@@ -426,10 +409,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         return (batch_size, config.in_channels, frames, *size), (batch_size, num_frames, config.audio_in_channels)
 
     def check_inputs(self, inputs: Inputs, has_audio: bool = True) -> int:
-        """
-        Checks what both pipelines take, among the arguments of the call by name, defaults filled in and files read;
-        `has_audio` is whether audio comes out. Returns the number of prompts.
-        """
+        """Checks, before any model runs, what both pipelines take, among the arguments of the call by name, defaults
+        filled in and files read; `has_audio` is whether audio comes out. Returns the number of prompts, or raises a
+        `ValueError` that names the argument, its value and what is allowed."""
         scales = {"guidance_scale": self.guidance_scale, "audio_guidance_scale": self.audio_guidance_scale}
         check_numbers(inputs | scales)
         multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
@@ -468,24 +450,18 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         negative_prompt: str | list[str] | None = None,
         do_classifier_free_guidance: bool = True,
         num_videos_per_prompt: int = 1,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
         device: torch.device | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        r"""
-        Encodes prompts, each alone as the original does, rounded to float16.
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        r"""Encodes prompts, each alone as the original does, rounded to float16, on `device`. All arguments are those
+        of the call, but `do_classifier_free_guidance`: whether negative embeddings are wanted.
 
-        Args:
-            do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
-            num_videos_per_prompt (`int`, defaults to 1): How often each embedding is repeated.
-            device (`torch.device`, *optional*): Where to encode. All other arguments are those of the call.
-
-        Returns:
-            `tuple`: Float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then
-            both for the negative prompts, `None` without guidance.
+        Returns float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then both
+        for the negative prompts, `None` without guidance.
         """
         options = max_sequence_length, device or self._execution_device, num_videos_per_prompt
         texts, given = [prompt] if isinstance(prompt, str) else prompt, (prompt_embeds, prompt_embeds_mask)
@@ -501,25 +477,24 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
     decode_latents, decode_windows, decode_audio = decode_latents, decode_windows, decode_audio
 
     @torch.no_grad()
-    def stream_frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
+    def stream_frames(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Decodes normalised latents of one video, as they are consumed, to frames `(height, width, 3)` in [0, 1]."""
         yield from decode_frames(self, latents, "np")
         self.maybe_free_model_hooks()
 
     def denoise(
         self,
-        latents: torch.Tensor,
-        audio_latents: torch.Tensor,
-        text: tuple[torch.Tensor | None, ...],
+        latents: Tensor,
+        audio_latents: Tensor,
+        text: tuple[Tensor | None, ...],
         num_inference_steps: int,
-        guidance_at: Callable[[torch.Tensor], float | torch.Tensor],
+        guidance_at: Callable[[Tensor], float | Tensor],
         generator: Generators,
         on_step_end: tuple[StepCallback | None, Sequence[str]] = (None, ()),
-        image_latents: torch.Tensor | None = None,
+        image_latents: Tensor | None = None,
         moves_audio: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
+    ) -> tuple[Tensor, Tensor]:
+        """Denoises video and audio together, with the `text` that [`~MagiHumanPipeline.encode_prompt`] returns.
 
         `guidance_at` gives the guidance of the video at a timestep; `image_latents`, the first frame, stay as they
         are, and so does the audio unless it moves. A callback comes with the names of its tensors.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
@@ -29,8 +30,7 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
 class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
-    r"""
-    Pipeline of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): text to video with audio, optionally
+    r"""Pipeline of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): text to video with audio, optionally
     from a first frame, given audio, or both.
 
     Args:
@@ -58,15 +58,11 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
-        self.register_to_config(is_distilled=is_distilled, default_guidance_scale=default_guidance_scale)
-        self.register_to_config(default_height=default_height, default_width=default_width)
-        self.register_to_config(default_num_frames=default_num_frames)
+        self.register_to_config(is_distilled=is_distilled, default_height=default_height, default_width=default_width)
+        self.register_to_config(default_num_frames=default_num_frames, default_guidance_scale=default_guidance_scale)
 
     def check_inputs(self, inputs: Inputs) -> int:
-        """
-        Checks the arguments of the call by name, defaults filled in and files read, before any model runs. Raises a
-        `ValueError` that names the argument, its value and what is allowed. Returns the number of prompts.
-        """
+        """Checks all arguments, see [`MagiHumanPipeline.check_inputs`]. Returns the number of prompts."""
         num_prompts = super().check_inputs(inputs)
         batch_size = num_prompts * inputs["num_videos_per_prompt"]
         size = (inputs[name] for name in ("num_frames", "height", "width"))
@@ -88,16 +84,12 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         width: int,
         generator: Generators,
         device: torch.device,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Draws the initial noise, the audio's before the video's as the original does, unless it is given.
-
-        Returns:
-            `tuple`: Float32 latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)`
-            and of the audio `(batch_size, num_frames, audio_channels)`; height and width are in pixels.
-        """
+        latents: Tensor | None = None,
+        audio_latents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws the initial noise, the audio's before the video's as the original does, unless it is given: float32
+        latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)` and of the audio
+        `(batch_size, num_frames, audio_channels)`; height and width are in pixels."""
         shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
         if audio_latents is None:
             audio_latents = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
@@ -121,14 +113,14 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         low_noise_guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-        image_latents: torch.Tensor | None = None,
-        conditioning_audio_latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        latents: Tensor | None = None,
+        audio_latents: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        conditioning_audio_latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -136,8 +128,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
     ) -> MagiHumanPipelineOutput | tuple:
-        r"""
-        Generates videos with audio.
+        r"""Generates videos with audio.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): What to show and to say: a description of 150 to 200 words, then
@@ -181,7 +172,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             >>> import torch
             >>> from diffusers import DiffusionPipeline
             >>> from diffusers_magihuman import export_to_mp4
-
             >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
             >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
             >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
@@ -254,7 +244,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         )
 
         # 6. Denoise; given audio stays as it is
-        def guidance_at(timestep: torch.Tensor) -> float:
+        def guidance_at(timestep: Tensor) -> float:
             if timestep > 0.5 * self.scheduler.config.num_train_timesteps:
                 return self.guidance_scale
             return min(2.0, self.guidance_scale) if low_noise_guidance_scale is None else low_noise_guidance_scale
@@ -268,7 +258,6 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         # 7. Decode
         frames, audio = latents, audio_latents
         if output_type != "latent":
-            frames = self.decode_latents(latents, output_type)
-            audio = self.decode_audio(audio_latents, output_type)
+            frames, audio = self.decode_latents(frames, output_type), self.decode_audio(audio, output_type)
         self.maybe_free_model_hooks()
         return MagiHumanPipelineOutput(frames=frames, audio=audio) if return_dict else (frames, audio)

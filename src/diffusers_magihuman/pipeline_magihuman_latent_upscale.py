@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
@@ -30,29 +31,25 @@ from .pipeline_base import (
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
-def zero_snr_signal_scales() -> torch.Tensor:
-    """
-    Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise; scaled-linear
-    and stretched so that they end in pure noise ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891)).
-    """
+def zero_snr_signal_scales() -> Tensor:
+    """Factors of a sample at 1000 noise levels, from nearly 1 to 0, beside `sqrt(1 - factor**2)` of noise;
+    scaled-linear and stretched so that they end in pure noise
+    ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891))."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scales = (1 - betas).cumprod(dim=0).float().sqrt()
     return (scales - scales[-1]) * (scales[0] / (scales[0] - scales[-1]))
 
 
 class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
-    r"""
-    Super-resolution of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986) in latent space: resizes the
+    r"""Super-resolution of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986) in latent space: resizes the
     latents of a video, adds noise, and denoises them with the transformer for 540p or 1080p. The audio helps, and is
     passed through as it is.
 
     Args:
         tokenizer, text_encoder, scheduler, vae, audio_vae: See [`MagiHumanPipeline`].
-        transformer ([`MagiHumanTransformer3DModel`]): One for super-resolution, with `coordinate_style="v1"`.
+        transformer ([`MagiHumanTransformer3DModel`]): One for super-resolution, with `coordinate_style="v1"`;
+            `ValueError` for others.
         default_height, default_width (`int`, defaults to 1088 and 1920): Size in pixels when a call names none.
-
-    Raises:
-        `ValueError`: The transformer is not for super-resolution.
     """
 
     original_variants = {
@@ -77,10 +74,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         self.register_to_config(default_height=default_height, default_width=default_width)
 
     def check_inputs(self, inputs: Inputs) -> int:
-        """
-        Checks the arguments of the call by name, defaults filled in and files read, before any model runs. Raises a
-        `ValueError` that names the argument, its value and what is allowed. Returns how many videos a prompt has.
-        """
+        """Checks all arguments, see [`MagiHumanPipeline.check_inputs`]. Returns how many videos a prompt has."""
         check_forms(inputs, "latents", "video", is_needed=True)
         check_forms(inputs, "audio", "audio_latents")
         has_audio = inputs["audio"] is not None or inputs["audio_latents"] is not None
@@ -122,24 +116,20 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
     def prepare_latents(
         self,
-        latents: torch.Tensor,
-        audio_latents: torch.Tensor | None,
+        latents: Tensor,
+        audio_latents: Tensor | None,
         height: int,
         width: int,
         noise_level: int,
         audio_noise_scale: float,
         generator: Generators,
         device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width` in
-        pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the video's
-        drawn before the audio's as the original does. See the call for `noise_level`, an index into
-        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise.
-
-        Returns:
-            `tuple`: Float32 latents of the video in high resolution, and of the audio that the transformer sees.
-        """
+    ) -> tuple[Tensor, Tensor]:
+        """Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width`
+        in pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the
+        video's drawn before the audio's as the original does. See the call for `noise_level`, an index into
+        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise. Returns
+        float32 latents of the video in high resolution, and of the audio that the transformer sees."""
         num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
         shape, audio_shape = self.latent_shapes(len(latents), num_frames, height, width)
         latents = latents.to(device, torch.float32)
@@ -163,9 +153,9 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         video: VideoInput | list[VideoInput] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         audio: AudioInput | list[AudioInput] | None = None,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-        image_latents: torch.Tensor | None = None,
+        latents: Tensor | None = None,
+        audio_latents: Tensor | None = None,
+        image_latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 5,
@@ -175,10 +165,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         noise_level: int = 220,
         audio_noise_scale: float = 0.7,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -186,8 +176,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
     ) -> MagiHumanPipelineOutput | tuple:
-        r"""
-        Upscales videos.
+        r"""Upscales videos.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): The prompt of the video, one for all or for each; several for
@@ -233,12 +222,10 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             >>> import torch
             >>> from diffusers import DiffusionPipeline
             >>> from diffusers_magihuman import export_to_mp4
-
             >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
             >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
             >>> pipe.enable_model_cpu_offload()
             >>> low = pipe(prompt, output_type="latent")
-
             >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
             >>> upscale.enable_model_cpu_offload()
             >>> upscale.vae.enable_tiling()
@@ -302,7 +289,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         )
 
         # 6. Denoise the video; the noisy audio stays as it is
-        def guidance_at(_timestep: torch.Tensor) -> torch.Tensor:
+        def guidance_at(_timestep: Tensor) -> Tensor:
             scale = latents.new_full((1, 1, latents.shape[2], 1, 1), self.guidance_scale)
             scale[:, :, :num_leading_frames].clamp_(max=leading_guidance_scale)
             return scale

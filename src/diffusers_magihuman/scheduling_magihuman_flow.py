@@ -9,12 +9,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers import UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 
 class MagiHumanFlowScheduler(UniPCMultistepScheduler):
-    r"""
-    Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): levels that
-    fall linearly from `1 - 1 / num_train_timesteps` towards 0, shifted to `sigma = flow_shift * sigma / (1 +
+    r"""Flow-matching scheduler with the grid of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): levels
+    that fall linearly from `1 - 1 / num_train_timesteps` towards 0, shifted to `sigma = flow_shift * sigma / (1 +
     (flow_shift - 1) * sigma)`. Before `set_timesteps` it has `num_train_timesteps` levels, for training.
 
     Args:
@@ -66,22 +66,18 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
 
     def step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: torch.Tensor | None = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """
-        Goes from one noise level to the next; `ValueError` before `set_timesteps`.
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Goes from one noise level to the next; `ValueError` before `set_timesteps`.
 
-        Args:
-            model_output, sample (`torch.Tensor`): Velocity, and sample at the current noise level, of one shape.
-            timestep (`int` or `torch.Tensor`): The current timestep; only the first call of a run looks it up.
-            generator (`torch.Generator` or a list of them, *optional*): Draws the noise of the `"renoise"` sampler.
-            variance_noise (`torch.Tensor`, *optional*): That noise itself, of the shape of `sample`.
-            return_dict (`bool`, defaults to `True`): Whether to return a `SchedulerOutput` instead of a tuple.
+        `model_output` is the velocity of `sample`, at the current noise level and of one shape; only the first call of
+        a run looks `timestep` up. The `"renoise"` sampler adds `variance_noise` of that shape, or draws it by
+        `generator`, one or a list.
         """
         if self.config.sampler == "unipc":
             return super().step(model_output, timestep, sample, return_dict=return_dict)
@@ -97,9 +93,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
         self._step_index += 1
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mixes samples with noise (drawn if left out), `(1 - sigma) * sample + sigma * noise`, as Diffusers' other
         flow schedulers do; `timestep` of shape `(batch_size,)` is out of `timesteps`."""
         if noise is None:

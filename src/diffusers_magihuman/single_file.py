@@ -12,9 +12,9 @@ from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
 from diffusers.utils import is_gguf_available
+from torch import Tensor
 
 from .conversion import check_variant, checked_rules, convert_tensors, guess_variant, is_gguf, plan_transformer
-
 
 if is_gguf_available():
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
@@ -34,7 +34,7 @@ class MagiHumanSingleFileMixin(FromOriginalModelMixin):
     @classmethod
     def from_single_file(
         cls,
-        pretrained_model_link_or_path_or_dict: str | dict[str, torch.Tensor],
+        pretrained_model_link_or_path_or_dict: str | dict[str, Tensor],
         variant: str | None = None,
         dtype: torch.dtype | None = None,
         config: str | None = None,
@@ -55,8 +55,7 @@ class MagiHumanSingleFileMixin(FromOriginalModelMixin):
             quantization_config (`GGUFQuantizationConfig`, *optional*): What a GGUF file needs, and no other takes.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like of the download.
 
-        Raises:
-            `ValueError`: The variant cannot be guessed, or tensors, `quantization_config` or `dtype` do not fit.
+        `ValueError`: the variant cannot be guessed, or tensors, `quantization_config` or `dtype` do not fit.
         """
         checkpoint = pretrained_model_link_or_path_or_dict
         path = "" if isinstance(checkpoint, dict) else str(checkpoint)

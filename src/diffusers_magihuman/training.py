@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor
 
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
@@ -16,9 +17,9 @@ from .transformer_magihuman import MagiHumanTransformer3DModel
 class FlowMatchingLoss(NamedTuple):
     """The weighted sum of two losses, to go backward from, and both, the mean squared errors of velocity, detached."""
 
-    loss: torch.Tensor
-    video_loss: torch.Tensor
-    audio_loss: torch.Tensor
+    loss: Tensor
+    video_loss: Tensor
+    audio_loss: Tensor
 
 
 def sample_noise_levels(
@@ -27,16 +28,12 @@ def sample_noise_levels(
     shift: float = 5.0,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """
-    Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
+) -> Tensor:
+    """Draws the noise level of each sample of a batch: `(batch_size,)` in (0, 1), 1 for pure noise.
 
-    Args:
-        batch_size (`int`): Number of samples.
-        weighting (`str`, defaults to `"logit_normal"`): `"logit_normal"`, the logistic function of a normal variable
-            ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`.
-        shift (`float`, defaults to 5.0): Towards noise, as the scheduler's `flow_shift`; 1 for none.
-        generator (`torch.Generator`, *optional*): Makes the draw deterministic; on the same `device`.
+    `weighting` is `"logit_normal"`, the logistic function of a normal variable
+    ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`; `shift` is towards noise, as the
+    scheduler's `flow_shift`, 1 for none. A `generator`, on the same `device`, makes the draw deterministic.
     """
     if weighting not in ("logit_normal", "uniform"):
         raise ValueError(f"`weighting`={weighting!r} must be 'logit_normal' or 'uniform'.")
@@ -47,39 +44,33 @@ def sample_noise_levels(
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def expand_as(values: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def expand_as(values: Tensor, states: Tensor) -> Tensor:
     """Views one value for each sample, `(batch_size,)`, so that it multiplies states of any number of dimensions."""
     return values.view(-1, *[1] * (states.ndim - 1))
 
 
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, noise_levels: torch.Tensor) -> torch.Tensor:
+def add_noise(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
     """Mixes latents with noise on a straight line, `(1 - level) * latents + level * noise`."""
     levels = expand_as(noise_levels, latents)
     return (1 - levels) * latents + levels * noise
 
 
-def predict_clean(noisy: torch.Tensor, velocity: torch.Tensor, noise_levels: torch.Tensor) -> torch.Tensor:
+def predict_clean(noisy: Tensor, velocity: Tensor, noise_levels: Tensor) -> Tensor:
     """Follows the velocity from noisy latents to clean ones, `noisy - level * velocity`."""
     return noisy - expand_as(noise_levels, noisy) * velocity
 
 
 def drop_text(
-    prompt_embeds: torch.Tensor,
-    prompt_embeds_mask: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor,
+    negative_prompt_embeds: Tensor,
     probability: float,
     generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Replaces the text of some samples by the negative prompt, which classifier-free guidance needs. Returns embeddings
-    and mask, padded to the longer of the two lengths.
-
-    Args:
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Texts, padded at the end.
-        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`): True for real tokens.
-        negative_prompt_embeds (`torch.Tensor` of shape `(1, negative_length, channels)`): Unpadded.
-        probability (`float`): Of each sample to be replaced; a `generator` makes the draw deterministic.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Replaces the text of some samples, each with the `probability`, by the negative prompt, which classifier-free
+    guidance needs. Takes embeddings `(batch_size, length, channels)`, padded at the end, their mask, true for real
+    tokens, and negative ones `(1, negative_length, channels)`, unpadded. Returns embeddings and mask, padded to the
+    longer of the two lengths; a `generator` makes the draw deterministic."""
     negative_length, (batch_size, length, _) = negative_prompt_embeds.shape[1], prompt_embeds.shape
     missing = max(negative_length - length, 0)
     prompt_embeds, mask = F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_embeds_mask, (0, missing))
@@ -91,29 +82,27 @@ def drop_text(
 
 def flow_matching_loss(
     transformer: MagiHumanTransformer3DModel,
-    latents: torch.Tensor,
-    audio_latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    prompt_embeds_mask: torch.Tensor | None,
-    noise_levels: torch.Tensor,
+    latents: Tensor,
+    audio_latents: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None,
+    noise_levels: Tensor,
     video_weight: float = 1.0,
     audio_weight: float = 1.0,
-    image_probability: float | torch.Tensor = 0.0,
-    audio_probability: float | torch.Tensor = 0.0,
-    latent_weights: torch.Tensor | None = None,
+    image_probability: float | Tensor = 0.0,
+    audio_probability: float | Tensor = 0.0,
+    latent_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> FlowMatchingLoss:
-    """
-    Loss of the velocity from latents to noise, of video and audio at the same noise level
+    """Loss of the velocity from latents to noise, of video and audio at the same noise level
     ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)). A first frame or audio that is given is shown as it
     is and left out of the loss, since the pipelines keep it.
 
     Args:
-        transformer ([`MagiHumanTransformer3DModel`]): The model to train.
         latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, latent_height, latent_width)`): Video.
         audio_latents (`torch.Tensor` of shape `(batch_size, audio_length, audio_channels)`): Audio.
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, length, channels)`): Embeddings of the prompts.
-        prompt_embeds_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): True for real tokens.
+        prompt_embeds, prompt_embeds_mask (`torch.Tensor`): Embeddings of the prompts `(batch_size, length, channels)`
+            and, if not all tokens are real, their mask `(batch_size, length)`, true for real ones.
         noise_levels (`torch.Tensor` of shape `(batch_size,)`): See [`sample_noise_levels`].
         video_weight, audio_weight (`float`, defaults to 1.0): Weights of the two losses.
         image_probability, audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
@@ -137,7 +126,7 @@ def flow_matching_loss(
     return FlowMatchingLoss(loss, video_loss.detach(), audio_loss.detach())
 
 
-def masked_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the values; weights broadcast to them, a mask is one of 0 and 1; 0 where all weights are."""
     weights = weights.expand_as(values).to(values.dtype)
     return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -145,40 +134,29 @@ def masked_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def upscale_loss(
     transformer: MagiHumanTransformer3DModel,
-    latents: torch.Tensor,
-    low_latents: torch.Tensor,
-    audio_latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    prompt_embeds_mask: torch.Tensor | None,
-    noise_levels: torch.Tensor,
-) -> torch.Tensor:
-    """
-    Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise.
-
-    Args:
-        transformer, latents, prompt_embeds, prompt_embeds_mask, noise_levels: See [`flow_matching_loss`].
-        low_latents, audio_latents (`torch.Tensor`): Latents in low resolution, resized and noisy, of the shape of
-            `latents`, and noisy ones of the audio, as [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them.
-    """
+    latents: Tensor,
+    low_latents: Tensor,
+    audio_latents: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None,
+    noise_levels: Tensor,
+) -> Tensor:
+    """Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise:
+    `low_latents`, resized and noisy, of the shape of `latents`, with noisy `audio_latents`, both as
+    [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them. All else is that of [`flow_matching_loss`]."""
     noisy = add_noise(latents, low_latents, noise_levels)
     velocity, _ = transformer(noisy, audio_latents, prompt_embeds, prompt_embeds_mask, return_dict=False)
     return F.mse_loss(velocity, low_latents - latents)
 
 
-def distribution_matching_loss(
-    generated: torch.Tensor, real_prediction: torch.Tensor, fake_prediction: torch.Tensor
-) -> torch.Tensor:
-    """
-    Loss whose gradient moves generated latents from where a model of them is to where the teacher is
+def distribution_matching_loss(generated: Tensor, real_prediction: Tensor, fake_prediction: Tensor) -> Tensor:
+    """Loss whose gradient moves generated latents from where a model of them is to where the teacher is
     (DMD2, [arXiv 2405.14867](https://huggingface.co/papers/2405.14867)). Its value means little; its gradient is the
     difference of the two, divided by the sample's mean distance from the teacher's and by the number of values.
 
-    Args:
-        generated (`torch.Tensor` of shape `(batch_size, ...)`): Clean latents of the student, with gradient.
-        real_prediction (`torch.Tensor`): Clean latents that the teacher, with guidance, predicts from `generated` with
-            noise added, see [`predict_clean`].
-        fake_prediction (`torch.Tensor`): Those that a model of the student's output predicts, which is trained beside
-            the student with [`flow_matching_loss`] on what it generates.
+    `generated` are clean latents of the student `(batch_size, ...)`, with gradient; `real_prediction` those that the
+    teacher, with guidance, predicts from them with noise added, see [`predict_clean`]; `fake_prediction` those that a
+    model of the student's output predicts, trained beside it with [`flow_matching_loss`] on what it generates.
     """
     with torch.no_grad():
         distance = (generated - real_prediction).abs().flatten(1).mean(dim=1).clamp(min=1e-6)

@@ -25,18 +25,9 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import Tensor, nn
 
 from .caches import MagiHumanCacheMixin, register_block
-from .parallel import (
-    CONTEXT_PARALLEL_PLAN,
-    MagiHumanParallelMixin,
-    gather_heads,
-    gather_sequence,
-    make_tensor_parallel_plan,
-    pad_to_multiple,
-    to_shards,
-    ulysses_group,
-)
+from .conversion import EXPERTS
+from .parallel import MagiHumanParallelMixin, gather_heads, gather_sequence, pad_to_multiple, to_shards, ulysses_group
 from .single_file import MagiHumanSingleFileMixin
-
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -44,15 +35,13 @@ if TYPE_CHECKING:
 
 RotaryEmb = tuple[Tensor, Tensor]  # cosine and sine
 
-EXPERTS = ("video", "audio", "text")
 # Small, and what the latents and the text pass through: no quantiser may touch them.
 QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder", "video_proj_out", "audio_proj_out"]
 
 
 @dataclass
 class MagiHumanTransformer3DModelOutput(BaseOutput):
-    """
-    Velocities that [`MagiHumanTransformer3DModel`] predicts, float32.
+    """Velocities that [`MagiHumanTransformer3DModel`] predicts, float32.
 
     Args:
         sample (`torch.Tensor` of shape `(batch_size, in_channels, num_frames, height, width)`): Of the video latents.
@@ -89,13 +78,10 @@ class SequenceLayout:
     def modality_lengths(self) -> tuple[int, int, int]:
         return self.video_length, self.audio_length, self.text_length
 
-    @property
-    def shard_lengths(self) -> tuple[int, ...]:
-        return tuple(-(-length // self.num_shards) for length in self.modality_lengths)
-
     def split(self, states: Tensor, num_experts: int = len(EXPERTS)) -> tuple[Tensor, ...]:
         """Splits the sequence, or the shard of it (dimension 1), into what each expert sees; one expert sees all."""
-        return states.split(self.shard_lengths, dim=1) if num_experts > 1 else (states,)
+        lengths = [-(-length // self.num_shards) for length in self.modality_lengths]
+        return states.split(lengths, dim=1) if num_experts > 1 else (states,)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -128,8 +114,7 @@ class MagiHumanFloat32Linear(nn.Linear):
 
 
 class MagiHumanRotaryPosEmbed(nn.Module):
-    """
-    Rotary positions of a video, audio and text sequence.
+    """Rotary positions of a video, audio and text sequence.
 
     The time of a video token is its latent frame; height and width are centred on 0. Audio is stretched over the time
     of the video. Text has no position of its own in style "v2" (base, distilled), and spans 0 to 1 in style "v1".
@@ -144,10 +129,8 @@ class MagiHumanRotaryPosEmbed(nn.Module):
         self.coordinate_style = coordinate_style
 
     def forward(self, layout: SequenceLayout, text_mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """
-        Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order of
-        the shards and padded like them if there are several; `text_mask` is true for real tokens.
-        """
+        """Cosine and sine, each float32 of shape `(batch_size or 1, sequence_length, 1, 3 * num_bands)`, in the order
+        of the shards and padded like them if there are several; `text_mask` is true for real tokens."""
         num_frames, height, width, audio_length = layout.num_frames, layout.height, layout.width, layout.audio_length
         if text_mask is None:
             text_mask = torch.ones(1, layout.text_length, dtype=torch.bool, device=device)
@@ -330,8 +313,7 @@ class MagiHumanProjections(nn.Module):
 
 
 class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
-    """
-    Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
+    """Self-attention with grouped key and value heads, RMS-normed queries and keys and an optional gate per head.
 
     In a sandwich block `video`, `audio` and `text` hold the [`MagiHumanProjections`], else the attention itself does.
     `local_attention_frames` is how many frames a video token sees on either side, `None` for all.
@@ -368,11 +350,7 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
         self.fused_projections = False
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        rotary_emb: RotaryEmb,
-        layout: SequenceLayout,
-        attention_mask: Tensor | None = None,
+        self, hidden_states: Tensor, rotary_emb: RotaryEmb, layout: SequenceLayout, attention_mask: Tensor | None
     ) -> Tensor:
         return self.processor(self, hidden_states, rotary_emb, layout, attention_mask)
 
@@ -466,12 +444,8 @@ class MagiHumanTransformerBlock(nn.Module):
             for (_, post_norm1, *_), part, attn_part in zip(experts, parts, attn_parts, strict=True)
         ]
         del attn_input, attn_parts  # the feed-forward needs the most memory
-        return join(
-            [
-                part + post_norm2(ff(norm2(part).to(dtype)))
-                for (*_, norm2, ff, post_norm2), part in zip(experts, parts, strict=True)
-            ]
-        )
+        pairs = zip(experts, parts, strict=True)
+        return join([part + post_norm2(ff(norm2(part).to(dtype))) for (*_, norm2, ff, post_norm2), part in pairs])
 
 
 class MagiHumanTransformer3DModel(
@@ -483,9 +457,8 @@ class MagiHumanTransformer3DModel(
     MagiHumanSingleFileMixin,
     MagiHumanCacheMixin,
 ):
-    r"""
-    The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the flow
-    velocity of video and audio latents together, from their noisy latents and a text.
+    r"""The single-stream transformer of [daVinci-MagiHuman](https://huggingface.co/papers/2603.21986): predicts the
+    flow velocity of video and audio latents together, from their noisy latents and a text.
 
     The model never sees a timestep. The defaults are those of the published base model with 15.3B parameters.
 
@@ -514,7 +487,6 @@ class MagiHumanTransformer3DModel(
     _keep_in_fp32_modules = [*QUANTIZATION_SKIP_MODULES, "norm1", "norm2", "norm_q", "norm_k"]
     _keep_in_fp32_modules += ["post_norm1", "post_norm2", "video_norm_out", "audio_norm_out"]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "proj_out"]
-    _cp_plan = CONTEXT_PARALLEL_PLAN
 
     @register_to_config
     def __init__(
@@ -553,23 +525,15 @@ class MagiHumanTransformer3DModel(
         self.text_embedder = MagiHumanFloat32Linear(text_in_channels, hidden_size)
         self.rope = MagiHumanRotaryPosEmbed(attention_head_dim, rope_theta, coordinate_style)
 
-        self.transformer_blocks = nn.ModuleList(
-            [
-                MagiHumanTransformerBlock(
-                    per_modality=layer in modality_layers,
-                    use_gelu=layer in gelu_layers,
-                    use_post_norm=layer in post_norm_layers,
-                    local_attention_frames=local_attention_frames if layer in local_attention_layers else None,
-                    hidden_size=hidden_size,
-                    num_attention_heads=num_attention_heads,
-                    num_key_value_heads=num_key_value_heads,
-                    head_dim=attention_head_dim,
-                    eps=norm_eps,
-                    is_gated=gated_attention,
-                )
-                for layer in range(num_layers)
-            ]
-        )
+        heads = {"num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads}
+        heads |= {"head_dim": attention_head_dim, "is_gated": gated_attention}
+        self.transformer_blocks = nn.ModuleList()
+        for layer in range(num_layers):
+            window = local_attention_frames if layer in local_attention_layers else None
+            kind = {"per_modality": layer in modality_layers, "use_gelu": layer in gelu_layers}
+            kind |= {"use_post_norm": layer in post_norm_layers, "local_attention_frames": window}
+            block = MagiHumanTransformerBlock(**kind, **heads, hidden_size=hidden_size, eps=norm_eps)
+            self.transformer_blocks.append(block)
 
         self.video_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
         self.audio_norm_out = MagiHumanRMSNorm(hidden_size, eps=norm_eps)
@@ -579,7 +543,7 @@ class MagiHumanTransformer3DModel(
         # Where the hooks of context parallelism sit: not on linears, which adapters wrap and unwrap.
         self.shard_tokens = nn.Identity()
         self.gather_tokens = nn.Identity()
-        self._tp_plan = make_tensor_parallel_plan(self.transformer_blocks)
+        self._tp_plan = self.make_tensor_parallel_plan()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -587,23 +551,20 @@ class MagiHumanTransformer3DModel(
         return self.config.get("_pre_quantization_dtype") or get_parameter_dtype(self)
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str = "default") -> None:
-        """
-        Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
-        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of these.
-        """
+        """Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
+        the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of them."""
         self.check_projections_are_unfused()
         super().add_adapter(adapter_config, adapter_name)
 
     def check_projections_are_unfused(self) -> None:
-        """Raises a `ValueError` after `fuse_qkv_projections`: an adapter of `to_q` would not be read."""
+        """Raises a `ValueError` after `fuse_qkv_projections`: `to_q`, its adapter or its shard would not be read."""
         if any(block.attn.fused_projections for block in self.transformer_blocks):
-            raise ValueError("Fused projections would ignore a LoRA: call `unfuse_qkv_projections()` first.")
+            fix = "call `unfuse_qkv_projections()` first"
+            raise ValueError(f"Fused projections can neither have a LoRA nor be split: {fix}.")
 
     def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
-        """
-        Runs the feed-forward of every block on `chunk_size` tokens, 1 or more, at a time: its wide activations are the
-        largest tensors of a long or large video. The result differs by rounding at most.
-        """
+        """Runs the feed-forward of every block on `chunk_size` tokens, 1 or more, at a time: its wide activations are
+        the largest tensors of a long or large video. The result differs by rounding at most."""
         if chunk_size < 1:
             raise ValueError(f"`chunk_size`={chunk_size} must be 1 or more.")
         self._set_chunk_size(chunk_size)
@@ -636,13 +597,10 @@ class MagiHumanTransformer3DModel(
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): Boolean, true for
                 real tokens; padding may stand anywhere. Left out, all are real, and attention needs no mask.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers for this call.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`].
+            return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`], or the
+                tuple of its two tensors.
 
-        Returns:
-            [`MagiHumanTransformer3DModelOutput`] or the tuple of its two tensors.
-
-        Raises:
-            `ValueError`: A shape does not fit the config.
+        `ValueError`: a shape does not fit the config.
         """
         layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
         patch_size, dtype = self.config.patch_size, self.dtype

@@ -11,7 +11,6 @@ from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanFlowSchedu
 from diffusers_magihuman.conversion import convert_transformer_state_dict, transformer_config_from_state_dict
 from diffusers_magihuman.lora import convert_lora_state_dict
 
-
 peft = pytest.importorskip("peft")
 
 LAYOUTS = ("canonical", "split")

@@ -29,7 +29,6 @@ from diffusers_magihuman.media import (
     resample_audio,
 )
 
-
 NUM_FRAMES, HEIGHT, WIDTH = 13, 62, 98  # even, but no multiples of 16
 
 

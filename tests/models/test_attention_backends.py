@@ -14,7 +14,6 @@ from helpers import make_inputs, make_tiny_model
 
 from diffusers_magihuman import transformer_magihuman
 
-
 # Those that run on a CPU, and those that take no mask, which Diffusers says by name.
 CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")
 MASKLESS = ("_native_flash", "flash", "_flash_3", "flash_hub", "_flash_3_hub", "sage", "sage_hub")

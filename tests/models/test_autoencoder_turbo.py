@@ -11,7 +11,6 @@ from golden import DATA, load_golden, load_golden_weights
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 from diffusers_magihuman.checkpoints import convert_turbo_vae_state_dict
 
-
 CASES = [
     ("turbo_vae", 1),
     ("turbo_vae", 3),

@@ -12,7 +12,6 @@ from diffusers import (
 from diffusers.hooks import SeaCacheConfig
 from helpers import assert_same, make_inputs, make_tiny_model, run, upscale
 
-
 STEPS = 4
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import assert_same, make_inputs, make_tiny_model, run
 
-
 LOCAL = {"coordinate_style": "v1", "local_attention_layers": (0, 1)}
 # Text, audio, frames: nothing that a call may change stays the same.
 LENGTHS = [

@@ -13,7 +13,6 @@ from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, m
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanTransformer3DModel
 
-
 CPU = torch.device("cpu")
 PIPELINES = {"base": make_tiny_pipeline, "upscale": make_tiny_upscale_pipeline}
 GROUPS = {

@@ -10,7 +10,6 @@ from make_tiny_pipeline import make_turbo_vae
 
 from diffusers_magihuman.transformer_magihuman import MagiHumanAttnProcessor
 
-
 LOCAL = {"coordinate_style": "v1", "local_attention_layers": (0, 1), "local_attention_frames": 1}
 
 

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from diffusers_magihuman import MagiHumanTransformer3DModel, parallel
 
-
 # What the processes share by being forked from one that has it.
 IMPORTS = ["diffusers_magihuman", "diffusers.models.autoencoders", "transformers.models.t5gemma", "peft", "pytest"]
 PROMPTS = ["A woman says hello.", "No.", "A man with a grey beard laughs."]

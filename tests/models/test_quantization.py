@@ -30,7 +30,6 @@ from torchao.quantization import (
 from diffusers_magihuman import QUANTIZATION_SKIP_MODULES, MagiHumanTransformer3DModel
 from diffusers_magihuman.transformer_magihuman import MagiHumanFloat32Linear
 
-
 # How far the output may be off, as a part of its norm: about twice of what was measured, which the README states.
 KINDS = {
     "torchao int8": (lambda: TorchAoConfig(Int8WeightOnlyConfig()), 0.015),

@@ -19,7 +19,6 @@ from diffusers_magihuman.transformer_magihuman import (
     join,
 )
 
-
 CASES = ("dit_base", "dit_v1coords", "dit_local_attn", "dit_postnorm")
 
 
@@ -416,7 +415,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     [
         ({0: torch.zeros(1, 4, 3, 4)}, r"`hidden_states` must have shape \(batch_size, 4, .* \(1, 4, 3, 4\)"),
         ({0: torch.zeros(1, 5, 3, 4, 6)}, r"`hidden_states` must have shape \(batch_size, 4, .* \(1, 5, 3, 4, 6\)"),
-        ({0: torch.zeros(1, 4, 3, 4, 5)}, r"\(3, 4, 5\) must be multiples of `patch_size`=\(1, 2, 2\)"),
+        ({0: torch.zeros(1, 4, 3, 4, 5)}, r"\(3, 4, 5\), must be multiples of `patch_size`=\(1, 2, 2\)"),
         ({1: torch.zeros(1, 9, 7)}, r"`audio_hidden_states` must have shape \(1, length, 8\), but has \(1, 9, 7\)"),
         ({2: torch.zeros(2, 7, 24)}, r"`encoder_hidden_states` must have shape \(1, length, 24\), .* \(2, 7, 24\)"),
     ],

@@ -23,7 +23,6 @@ from diffusers import DiffusionPipeline
 from recognise import edit_distance, measure_mouth, measure_pitch, recognise_look, recognise_voice
 from safetensors.torch import load_file
 
-
 # In order: name of the output, recipe, options, files of weights, and the number that falls.
 RECIPES = {
     "text_encoder": (train_text_encoder, "--batch-size 4", ["text_encoder/model.safetensors"], "text_loss"),

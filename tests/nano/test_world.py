@@ -24,7 +24,6 @@ from world import (
     mouth_track,
 )
 
-
 SCENE = Scene("tan", "black", "short", False, "blue", "grey", "medium", ("ma", "mi", "mu"))
 STILL = np.array([0.0, 0.0, 1.0])
 SHUT = np.array(world.CLOSED.mouth)

@@ -22,7 +22,6 @@ from diffusers_magihuman.pipeline_base import (
     trim_embeds,
 )
 
-
 CPU = torch.device("cpu")
 
 

@@ -15,7 +15,6 @@ from diffusers_magihuman import (
 from diffusers_magihuman.media import read_video
 from diffusers_magihuman.pipeline_magihuman_latent_upscale import zero_snr_signal_scales
 
-
 CPU = torch.device("cpu")
 
 

@@ -28,7 +28,6 @@ from diffusers_magihuman.tools.plan import (
     weights_on_gpu,
 )
 
-
 SIZE = (64, 96, 18)
 PIPELINES = {"base": make_tiny_pipeline, "upscale": make_tiny_upscale_pipeline}
 # What a CPU has no streams, and Diffusers no offloading from it, for.

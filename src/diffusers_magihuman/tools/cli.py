@@ -23,7 +23,6 @@ from .embedded import embedded_model
 from .hub import CARD_VARIANTS, make_model_card
 from .plan import format_calls, format_plan, plan_call
 
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -3,7 +3,6 @@
 
 from pathlib import Path
 
-
 EMBEDDED_MODELS = ("distilled", "base", "upscale")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from huggingface_hub.utils import validate_repo_id
 
-
 PACKAGE = Path(__file__).parents[1]
 PIPELINES = {
     "MagiHumanAudioVideoPipeline": "pipeline_magihuman",

@@ -33,7 +33,6 @@ from ..pipeline_magihuman_latent_upscale import MagiHumanLatentUpscalePipeline
 from ..scheduling_magihuman_flow import MagiHumanFlowScheduler
 from ..transformer_magihuman import MagiHumanTransformer3DModel
 
-
 GIB = 2**30
 RESERVED_GIB = 1.0  # CUDA's context, the workspaces of its libraries and the gaps between tensors
 PIPELINES = (MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline)
