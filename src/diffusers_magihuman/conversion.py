@@ -242,7 +242,7 @@ def check_names_and_shapes(source: Mapping[str, Tensor], rules: Mapping[str, Rul
     wrong = [name for name, shape in shapes.items() if name in expected and shape != expected[name]]
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
-        "unknown": sorted(shapes.keys() - expected.keys()),
+        "unknown": sorted({*shapes, *(name.removesuffix(FP8_SCALE) for name in source)} - expected.keys()),
         "of another shape": [f"{x} {tuple(shapes[x])} instead of {tuple(expected[x])}" for x in wrong],
     }
     if found := [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]:

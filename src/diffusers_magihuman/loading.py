@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, T5GemmaConfig, T5GemmaEncoderModel
 
-from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .autoencoder_kl_magihuman_turbo import ORIGINAL_OPTIONS, AutoencoderKLMagiHumanTurbo
 from .conversion import Rule, check_names_and_shapes, check_variant, convert_tensors, guess_variant, plan_transformer
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
 from .transformer_magihuman import MagiHumanTransformer3DModel
@@ -65,7 +65,8 @@ def open_checkpoint(path: Path) -> LazyTensors:
 def find_tensors(path: Path) -> dict[str, Path]:
     """The file of every tensor of a checkpoint."""
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("model.safetensors"))
+        found = found or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise OSError(f"{str(path)!r} must hold an index or one .safetensors file, not {[f.name for f in found]}.")
         path = found[0]
@@ -197,7 +198,10 @@ def load_original_turbo_vae(
         weights = dict(weights.get("ema_state_dict", weights))
     except (ValueError, TypeError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
         raise OSError(f"{str(file)!r} is damaged, or holds more than plain tensors or settings: {error}") from error
-    config, _, _ = AutoencoderKLMagiHumanTurbo.extract_init_dict(published)  # less the keys of its training
+    # Less the keys of its training, which Diffusers would warn of.
+    known = ORIGINAL_OPTIONS.keys() | AutoencoderKLMagiHumanTurbo._get_init_keys(AutoencoderKLMagiHumanTurbo)
+    published = {name: value for name, value in published.items() if name in known}
+    config, _, _ = AutoencoderKLMagiHumanTurbo.extract_init_dict(published)
     names = {name: f"decoder.{name.removeprefix('module.').removeprefix('decoder.')}" for name in weights}
     state_dict = convert_turbo_vae_state_dict({names[name]: tensor for name, tensor in weights.items()}, config)
     if encoder is not None:

@@ -221,7 +221,7 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
 
 def resample_audio(audio: Tensor, num_samples: int) -> Tensor:
     """Resamples float32 `(..., num_samples_in)` by the FFT method, which takes the signal as one period."""
-    resampled = scipy.signal.resample(audio.detach().cpu().numpy(), num_samples, axis=-1)
+    resampled = scipy.signal.resample(audio.detach().float().cpu().numpy(), num_samples, axis=-1)
     return torch.from_numpy(resampled).to(audio.device)
 
 
@@ -293,6 +293,9 @@ def _run_ffmpeg(arguments: list[str], chunks: Iterable[bytes] = ()) -> int:
                     process.stdin.write(chunk)
                 except BrokenPipeError:  # ffmpeg has stopped and its log says why
                     break
+        except BaseException:
+            process.kill()
+            raise
         finally:
             process.communicate()  # closes the input and waits
         if process.returncode:

@@ -92,8 +92,9 @@ def check_numbers(inputs: Inputs) -> None:
     for name, (kind, low, high) in NUMBERS.items():
         value = inputs.get(name, low)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            number = "an integer" if kind is Integral else "a number"
-            raise ValueError(f"`{name}`={value!r} must be {number} in {low} to {high}.")
+            number = "an integer" if kind is Integral else "a finite number"
+            limits = "" if low < 0 else f" of {low} or more" if high == sys.maxsize else f" in {low} to {high}"
+            raise ValueError(f"`{name}`={value!r} must be {number}{limits}.")
 
 
 def check_tensor(inputs: Inputs, name: str, shape: Sequence[int | None]) -> None:
@@ -245,7 +246,7 @@ def encode_audio(
 
     items = audio if isinstance(audio, list) else [audio]
     generators = generator if isinstance(generator, list) else [generator] * len(items)
-    return torch.cat([*map(encode_item, items, generators)])
+    return torch.cat([encode_item(*pair) for pair in zip(items, generators, strict=True)])
 
 
 def encode_in_windows(
@@ -524,9 +525,9 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
                 context = {"step_index": i, "sigma": float(scheduler.sigmas[i])}
                 velocities = []
                 for name, embeds, embeds_mask in branches:  # one after the other, each unpadded
-                    text = {"encoder_hidden_states": embeds, "encoder_attention_mask": embeds_mask}
+                    branch = {"encoder_hidden_states": embeds, "encoder_attention_mask": embeds_mask}
                     with self.transformer.cache_context(name, num_inference_steps=self.num_timesteps, **context):
-                        velocities.append(self.transformer(latents, audio_latents, **text, **options))
+                        velocities.append(self.transformer(latents, audio_latents, **branch, **options))
                 if len(velocities) == 2:
                     triples = zip(*velocities, (guidance_at(t), self.audio_guidance_scale), strict=True)
                     velocities = [[uncond + scale * (cond - uncond) for cond, uncond, scale in triples]]

@@ -609,7 +609,7 @@ class MagiHumanTransformer3DModel(
         if encoder_attention_mask is not None:
             # Padding goes to the end, where attention kernels for several lengths take it to be.
             order = encoder_attention_mask.int().argsort(dim=1, descending=True, stable=True)
-            encoder_attention_mask = encoder_attention_mask.gather(1, order)
+            encoder_attention_mask = encoder_attention_mask.gather(1, order).bool()
             encoder_hidden_states = encoder_hidden_states.gather(1, order[..., None].expand_as(encoder_hidden_states))
             attention_mask = F.pad(encoder_attention_mask, (layout.video_length + layout.audio_length, 0), value=True)
             attention_mask = attention_mask[:, None, None]  # (batch, 1, 1, sequence)

@@ -11,6 +11,7 @@ from layouts import fp8, split
 from diffusers_magihuman import MagiHumanTransformer3DModel
 from diffusers_magihuman.conversion import (
     FP8_SCALE,
+    checked_rules,
     convert_tensors,
     convert_transformer_state_dict,
     guess_variant,
@@ -175,6 +176,8 @@ def test_scaled_float8_is_multiplied_out(weights):
     for scale in (torch.tensor(torch.nan), torch.tensor(-1.0), torch.ones(2)):
         with pytest.raises(ValueError, match=r"down_proj\.weight\.__fp8_scale' is"):
             dict(convert_tensors(source | {name + FP8_SCALE: scale}, rules, torch.float32))
+    with pytest.raises(ValueError, match="unknown: nothing"):
+        checked_rules(source | {"nothing" + FP8_SCALE: torch.ones(1)}, config)
 
 
 def test_local_layers_of_super_resolution():

@@ -106,6 +106,8 @@ def test_audio_with_as_many_latents_is_encoded_uncut(tiny_pipeline):
     assert torch.equal(tiny_pipeline.encode_audio([audio], seeded(), CPU, num_frames=9), whole)
     assert not torch.equal(tiny_pipeline.encode_audio(audio[:, : 9 * 2048], seeded(), CPU), whole)
     padded = tiny_pipeline.encode_audio([audio, audio], [seeded(), seeded(1)], CPU, num_frames=12)
+    with pytest.raises(ValueError, match="longer|shorter"):
+        tiny_pipeline.encode_audio([audio, audio], [seeded()], CPU)
     assert padded.shape == (2, 12, 8) and not torch.equal(padded[0], padded[1])
 
 
@@ -376,11 +378,11 @@ def test_from_pipe_shares_components_and_keeps_their_dtypes(tiny_pipeline, tiny_
         ({"height": 80}, "`height`=80 must be a multiple of 32"),
         ({"width": 64.0}, "`width`"),
         ({"width": 0}, "`width`"),
-        ({"num_inference_steps": 0}, "`num_inference_steps`"),
+        ({"num_inference_steps": 0}, "`num_inference_steps`=0 must be an integer of 1 or more"),
         ({"num_inference_steps": True}, "`num_inference_steps`"),
         ({"guidance_scale": float("nan")}, "`guidance_scale`"),
         ({"guidance_scale": float("inf")}, "`guidance_scale`"),
-        ({"guidance_scale": "5"}, "`guidance_scale`"),
+        ({"guidance_scale": "5"}, "`guidance_scale`='5' must be a finite number"),
         ({"max_sequence_length": 641}, "`max_sequence_length`=641 must be an integer in 1 to 640"),
         ({"output_type": "gif"}, "`output_type`"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`"),
