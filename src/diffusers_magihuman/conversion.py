@@ -53,7 +53,7 @@ def deinterleave(weight: Tensor) -> Tensor:
 
 
 def layer_table(config: Mapping[str, Any], layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Split source module -> our module, with `{}` where the expert stands, and the shape of its weight."""
+    """Source module -> ours, with `{}` for the expert, and its shape; canonical `linear_qkv` is `q`, `k`, `v`, `g` in one."""
     num_heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     hidden_size, key_value_dim = num_heads * head_dim, config["num_key_value_heads"] * head_dim
     is_gelu = layer in config["gelu_layers"]
@@ -181,7 +181,7 @@ def convert_transformer_state_dict(state_dict: Mapping[str, Tensor], config: Map
 
 
 def checked_rules(source: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rules of a transformer whose names, shapes and rotary frequencies fit the config, whichever its layout."""
+    """The rules of a transformer whose names, shapes and rotary frequencies fit the config, whichever its format."""
     rules = transformer_rules(config, is_split=any(re.search(r"\.linear_q[._]", name) for name in source))
     if "video_embedder.weight" in source:  # our names
         ours = [(name, shape, rule) for rule in rules.values() for name, shape in rule.targets.items()]

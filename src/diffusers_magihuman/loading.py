@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens what is published, in any layout, from the Hub or from disk, and loads it as components, tensor by tensor."""
+"""Opens what is published, in any format, from the Hub or from disk, and loads it as components, tensor by tensor."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def load_original_transformer(
     dtype: torch.dtype = torch.bfloat16,
     **hub_kwargs: Any,
 ) -> MagiHumanTransformer3DModel:
-    """Loads a transformer from any published layout: canonical or split names, a file or shards, scaled float8 or not.
+    """Loads a transformer from any published format: canonical or split names, a file or shards, scaled float8 or not.
 
     Args:
         path_or_repo (`str` or `os.PathLike`): A safetensors file, a directory, or a repository on the Hub.

@@ -32,7 +32,7 @@ LORA_SUFFIXES = {
     "lora_magnitude_vector": (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale"),
     "alpha": (".alpha",),
     "diff": (".diff",),  # ComfyUI's extraction of full rank, which also writes zeros for what did not change
-    "diff_b": (".diff_b",),
+    "diff_b": (".diff_b",),  # zeros alone, which are left out
 }
 LoraModules = dict[str, dict[str, Tensor]]
 LORA_KINDS = {suffix: kind for kind, suffixes in LORA_SUFFIXES.items() for suffix in suffixes}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
-from diffusers.hooks.tensor_parallel import PackedColwiseParallel
+from diffusers.hooks.tensor_parallel import PackedColwiseParallel  # every model's plan needs these: to be exported
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelModelPlan, ContextParallelOutput
 from diffusers.models.attention_dispatch import SeqAllToAllDim
 from torch import Tensor, nn

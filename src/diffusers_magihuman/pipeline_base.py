@@ -376,7 +376,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         """Puts the pipeline together from the original's repositories, or local copies, as they are published.
 
         Args:
-            path_or_repo (`str`): Directory, file or repository of the transformer in any published layout.
+            path_or_repo (`str`): Directory, file or repository of the transformer in any published format.
             variant (`str`, *optional*): One of `original_variants`, guessed from the path when it names just one.
             dtype (`torch.dtype`, defaults to `torch.bfloat16`): Dtype of all but the float32 parts.
             kwargs: See [`~checkpoints.load_original_components`]: `subfolder`, the other repositories, downloads.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformer out of one file: safetensors in any layout of the original, or GGUF."""
+"""A transformer out of one file: safetensors in any format of the original, or GGUF."""
 
 import copy
 from types import NoneType
@@ -43,7 +43,7 @@ class MagiHumanSingleFileMixin(FromOriginalModelMixin):
         **kwargs: Any,
     ) -> ModelMixin:
         """
-        Loads a checkpoint out of one file: safetensors in any layout of the original, or GGUF; with its names or ours.
+        Loads a checkpoint out of one file: safetensors in any format of the original, or GGUF; with its names or ours.
 
         Args:
             pretrained_model_link_or_path_or_dict (`str` or `dict`): Path, link to the Hub, or tensors by name.

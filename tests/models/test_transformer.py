@@ -222,9 +222,7 @@ def test_padding_may_stand_anywhere(coordinate_style):
     moved = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 0, 1, 2], [0, 5, 1, 2, 6, 3, 4]])
     text, mask = text.take_along_dim(moved[..., None], dim=1), mask.take_along_dim(moved, dim=1)
     masks = []
-    assert torch.equal(
-        model(video, audio, text, encoder_attention_mask=mask.float())[0], model(video, audio, text, mask)[0]
-    )
+    assert torch.equal(model(video, audio, text, mask.float()).sample, model(video, audio, text, mask).sample)
     processor = model.transformer_blocks[0].attn.processor
     processor._attend = lambda *args: masks.append(args[3]) or MagiHumanAttnProcessor._attend(processor, *args)
     output = model(video, audio, text, encoder_attention_mask=mask)

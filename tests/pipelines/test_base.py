@@ -106,7 +106,7 @@ def test_audio_with_as_many_latents_is_encoded_uncut(tiny_pipeline):
     assert torch.equal(tiny_pipeline.encode_audio([audio], seeded(), CPU, num_frames=9), whole)
     assert not torch.equal(tiny_pipeline.encode_audio(audio[:, : 9 * 2048], seeded(), CPU), whole)
     padded = tiny_pipeline.encode_audio([audio, audio], [seeded(), seeded(1)], CPU, num_frames=12)
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match=r"longer|shorter"):
         tiny_pipeline.encode_audio([audio, audio], [seeded()], CPU)
     assert padded.shape == (2, 12, 8) and not torch.equal(padded[0], padded[1])
 
