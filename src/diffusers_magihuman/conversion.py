@@ -53,7 +53,7 @@ def deinterleave(weight: Tensor) -> Tensor:
 
 
 def layer_table(config: Mapping[str, Any], layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Source module -> ours, `{}` for the expert, and its shape; canonical `linear_qkv` has `q`, `k`, `v`, `g` in one."""
+    """Source module -> ours, `{}` for the expert, and its shape; canonical `linear_qkv` is `q, k, v, g` in one."""
     num_heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     hidden_size, key_value_dim = num_heads * head_dim, config["num_key_value_heads"] * head_dim
     is_gelu = layer in config["gelu_layers"]
