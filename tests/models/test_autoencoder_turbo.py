@@ -181,6 +181,7 @@ def test_tiles_meet_without_seams(case):
     vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=64)
     tiled = vae.decode(z).sample
     assert len(calls) == 4 * 2  # tiles of two latents by four
+    assert calls[0][0] < calls[0][1]  # the corner has one margin on either axis
     torch.testing.assert_close(tiled, expected, atol=2e-5, rtol=0)
 
     vae.decoder.tile_margin -= 2  # were the margin narrower, seams would show
