@@ -196,6 +196,8 @@ def test_local_layers_of_super_resolution():
         ("models/magi_human_sr1080_bf16.safetensors", None, "sr_1080p"),
         ("models/distill/transformer/model.safetensors", None, "distill"),
         ("x/540p_sr_fp8", None, "sr_540p"),
+        ("models/distill/540p_sr.safetensors", None, "sr_540p"),  # the last part that names one
+        ("models/distill", "base", "base"),
     ],
 )
 def test_variant_is_guessed(path, subfolder, variant):

@@ -30,9 +30,12 @@ from diffusers_magihuman import (
     MagiHumanAudioVideoPipeline,
     MagiHumanLatentUpscalePipeline,
     MagiHumanTransformer3DModel,
+    loading,
 )
 from diffusers_magihuman.loading import (
     convert_turbo_vae_state_dict,
+    fetch,
+    load_original_components,
     load_original_transformer,
     load_original_turbo_vae,
     load_text_encoder,
@@ -147,9 +150,9 @@ def test_from_single_file_with_scaled_float8(base_weights, tmp_path):
 
 def test_from_single_file_with_our_names(base_weights, tmp_path):
     model = expected_model(base_weights)
-    model.save_pretrained(tmp_path)
-    file = str(tmp_path / "diffusion_pytorch_model.safetensors")
-    loaded = MagiHumanTransformer3DModel.from_single_file(file, config=str(tmp_path))
+    model.save_pretrained(tmp_path / "transformer")
+    file = str(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    loaded = MagiHumanTransformer3DModel.from_single_file(file, config=str(tmp_path), subfolder="transformer")
     assert_kept_in_float32(loaded)
     with pytest.raises(ValueError, match="variant"):
         MagiHumanTransformer3DModel.from_single_file(file)
@@ -308,6 +311,21 @@ def test_from_original_with_local_directories(variant, turbo, repositories):
     assert type(pipe.vae).__name__ == ("AutoencoderKLMagiHumanTurbo" if turbo else "AutoencoderKLWan")
     output = run(pipe, output_type="np")
     assert output.frames.shape == (1, 9, 64, 64, 3)
+
+
+def test_revision_is_that_of_the_transformer_alone(repositories, monkeypatch):
+    revisions = {}
+
+    def record(source, patterns, **hub_kwargs):
+        revisions.setdefault(source, set()).add(hub_kwargs.get("revision"))
+        return fetch(source, patterns, **hub_kwargs)
+
+    monkeypatch.setattr(loading, "fetch", record)
+    sources = local_sources(repositories)
+    sources["turbo_vae"] = sources.pop("path_or_repo")
+    transformer = sources["turbo_vae"] / "distill"
+    load_original_components(transformer, "distill", revision="v1", **sources)
+    assert revisions == {transformer: {"v1"}} | {source: {None} for source in sources.values()}
 
 
 def test_from_original_in_bf16_keeps_fp32_parts(repositories, tmp_path):

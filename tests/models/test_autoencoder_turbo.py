@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from golden import DATA, load_golden, load_golden_weights
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
+from diffusers_magihuman.autoencoder_kl_magihuman_turbo import MagiHumanTurboResnetBlock3d
 from diffusers_magihuman.checkpoints import convert_turbo_vae_state_dict
 
 CASES = [
@@ -72,8 +73,8 @@ def tiny_vae():
 @torch.no_grad()
 def test_decode_matches_original(case, num_frames):
     # The golden outputs themselves differ from a float64 run by 6e-6 (turbo_vae) and 2e-5 (turbo_vae_dw), rms 7e-7:
-    # norms over two to ten channels of near-zero vectors magnify rounding. Wrong epsilons give an rms of 5e-6 or more,
-    # wrong structure 0.07 or more.
+    # norms over two to ten channels of near-zero vectors magnify rounding. Wrong epsilons give an rms of 5e-6 or more
+    # (but for the shortcuts', which have a test of their own), wrong structure 0.07 or more.
     vae, tensors, _ = golden_turbo_vae(case)
     sample = vae.decode(denormalise(tensors[f"in.latent_f{num_frames}"], tensors)).sample
     expected = tensors[f"out.video_f{num_frames}"]
@@ -81,6 +82,19 @@ def test_decode_matches_original(case, num_frames):
     error = (sample - expected).abs()
     assert error.max() < (2e-5 if case == "turbo_vae" else 1e-4)
     assert error.square().mean().sqrt() < 2e-6
+
+
+@torch.no_grad()
+def test_the_shortcut_is_normed_with_an_epsilon_of_its_own():
+    vae, *_ = golden_turbo_vae("turbo_vae")
+    blocks = [block for block in vae.decoder.modules() if isinstance(block, MagiHumanTurboResnetBlock3d)]
+    block = next(block for block in blocks if block.conv_shortcut is not None)
+    for conv in (block.conv2, block.conv_shortcut):
+        conv.weight.zero_()
+        conv.bias.zero_()
+    block.conv_shortcut.weight[0, 0] = 1.0
+    states = torch.full((1, block.conv1.in_channels, 1, 1, 1), 1e-3)  # their mean square is the epsilon of the config
+    torch.testing.assert_close(block(states)[0, 0].flatten(), torch.tensor([0.5**0.5]))
 
 
 @torch.no_grad()
@@ -166,6 +180,7 @@ def test_tiles_meet_without_seams(case):
     vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=64)
     tiled = vae.decode(z).sample
     assert len(calls) == 4 * 2  # tiles of two latents by four
+    assert calls[0][0] < calls[0][1]  # the corner has one margin on either axis
     torch.testing.assert_close(tiled, expected, atol=2e-5, rtol=0)
 
     vae.decoder.tile_margin -= 2  # were the margin narrower, seams would show

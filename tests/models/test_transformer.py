@@ -185,6 +185,16 @@ def test_rope_matches_golden_coordinates():
     assert checked == 16
 
 
+@pytest.mark.parametrize("audio_length, last_time", [(7, 1), (8, 1), (9, 2), (128, 31)])
+def test_audio_of_style_v2_ends_at_its_last_whole_latent_frame(audio_length, last_time):
+    layout = SequenceLayout(1, 1, 1, audio_length, 0)
+    cos, sin = MagiHumanRotaryPosEmbed(16, 10000.0, "v2")(layout, None, torch.device("cpu"))
+    angle = torch.tensor(float(last_time))  # the first band turns by 1 for each latent frame
+    torch.testing.assert_close(
+        torch.stack([cos[0, -1, 0, 0], sin[0, -1, 0, 0]]), torch.stack([angle.cos(), angle.sin()])
+    )
+
+
 @pytest.mark.parametrize("text_length, audio_length", [(1, 9), (7, 1)])
 def test_style_v1_refuses_a_lone_token(text_length, audio_length):
     model = make_tiny_model(coordinate_style="v1")
