@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens what is published, in any format, from the Hub or from disk, and loads it as components, tensor by tensor."""
 
+import inspect
 import json
 import os
 import pickle
@@ -199,7 +200,7 @@ def load_original_turbo_vae(
     except (ValueError, TypeError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
         raise OSError(f"{str(file)!r} is damaged, or holds more than plain tensors or settings: {error}") from error
     # Less the keys of its training, which Diffusers would warn of.
-    known = ORIGINAL_OPTIONS.keys() | AutoencoderKLMagiHumanTurbo._get_init_keys(AutoencoderKLMagiHumanTurbo)
+    known = ORIGINAL_OPTIONS.keys() | inspect.signature(AutoencoderKLMagiHumanTurbo).parameters
     published = {name: value for name, value in published.items() if name in known}
     config, _, _ = AutoencoderKLMagiHumanTurbo.extract_init_dict(published)
     names = {name: f"decoder.{name.removeprefix('module.').removeprefix('decoder.')}" for name in weights}

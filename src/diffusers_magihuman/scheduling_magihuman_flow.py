@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flow scheduler of MagiHuman: the noise level lives here alone, since the model never sees a timestep."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class MagiHumanFlowScheduler(UniPCMultistepScheduler):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         # What is fixed here must not come from the config of another scheduler, which may predict the noise.
         init_dict, unused_kwargs, hidden_dict = super().extract_init_dict(config_dict, **kwargs)
-        fixed = cls._get_init_keys(UniPCMultistepScheduler)
+        fixed = inspect.signature(UniPCMultistepScheduler).parameters
         return init_dict, unused_kwargs, {name: value for name, value in hidden_dict.items() if name not in fixed}
 
     def set_timesteps(
