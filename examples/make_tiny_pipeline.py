@@ -7,6 +7,7 @@ It makes a second of noise in 64x96 pixels on any machine, which is enough to tr
 """
 
 import argparse
+import copy
 import string
 from typing import Any
 
@@ -38,7 +39,8 @@ def make_text_encoder(hidden_size: int) -> tuple[GemmaTokenizer, T5GemmaEncoderM
         sliding_window=16,
         query_pre_attn_scalar=8,
     )
-    config = T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False, vocab_size=len(vocab))
+    decoder = copy.deepcopy(module)  # some versions of Transformers mark it as causal
+    config = T5GemmaConfig(encoder=module, decoder=decoder, is_encoder_decoder=False, vocab_size=len(vocab))
     return tokenizer, T5GemmaEncoderModel(config).eval()
 
 

@@ -1,5 +1,6 @@
 """Tiny checkpoints in every published layout, made from golden weights: names, dtypes and folders as on the Hub."""
 
+import copy
 import json
 import re
 
@@ -135,7 +136,7 @@ def write_external_repositories(root):
     tokenizer, encoder = make_text_encoder(hidden_size=24)
     folder = root / "google" / "t5gemma-9b-9b-ul2"
     module = encoder.config.encoder
-    config = T5GemmaConfig(encoder=module, decoder=module, vocab_size=module.vocab_size)
+    config = T5GemmaConfig(encoder=module, decoder=copy.deepcopy(module), vocab_size=module.vocab_size)
     model = T5GemmaForConditionalGeneration(config)
     model.model.encoder.load_state_dict(encoder.encoder.state_dict())
     config.save_pretrained(folder)

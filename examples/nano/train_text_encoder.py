@@ -67,9 +67,9 @@ def make_text_encoder(vocab_size: int) -> T5GemmaEncoderModel:
         query_pre_attn_scalar=32,
         dropout_rate=0.0,
     )
-    return T5GemmaEncoderModel(
-        T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False, vocab_size=vocab_size)
-    )
+    decoder = copy.deepcopy(module)  # some versions of Transformers mark it as causal
+    config = T5GemmaConfig(encoder=module, decoder=decoder, is_encoder_decoder=False, vocab_size=vocab_size)
+    return T5GemmaEncoderModel(config)
 
 
 class Reader(nn.Module):
