@@ -8,6 +8,7 @@ syllable is heard in every twenty-fifth of a second. The transformer's training 
 understood, as that of the full-size model does, and the encoder stays as it is.
 """
 
+import copy
 import json
 from pathlib import Path
 
