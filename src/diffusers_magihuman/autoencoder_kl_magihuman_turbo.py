@@ -8,8 +8,7 @@ in space see as far as the convolutions do, so they fit together without blendin
 
 import math
 from collections import UserList
-from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+
+from .checks import check_choice, check_integer, check_list, check_real, check_tensor
+from .single_file import MagiHumanTurboSingleFileMixin
+from .weights import MagiHumanWeightsMixin
 
 # Statistics of the 48 latent channels of the Wan 2.2 VAE.
 # fmt: off
@@ -41,6 +44,46 @@ LATENTS_STD = (
 PATCH_SIZE = 2  # height and width of the square of pixels that is folded into channels
 # Options of the original that its published configs hold, with the only value that is built here.
 ORIGINAL_OPTIONS = {"decoder_causal": False, "patch_size": PATCH_SIZE, "patch_size_t": 1, "scaling_factor": 1.0}
+MAX_SIZE, MAX_PARAMETERS = 2**12, 10**10  # of a config
+
+
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with Python's own numbers; `ValueError` for what is no autoencoder, or too large a one."""
+    flag = (check_choice, True, False)
+    names = ("in_channels", "out_channels", "latent_channels", "first_chunk_size", "step_size")
+    checked = {name: check_integer(name, config[name], 1, MAX_SIZE) for name in names}
+    for name in ("decoder_block_out_channels", "encoder_dim_mult"):
+        checked[name] = check_list(name, config[name], range(1, 9), check_integer, 1, MAX_SIZE)
+    widths, multiples = checked["decoder_block_out_channels"], checked["encoder_dim_mult"]
+    checks = {
+        "encoder_num_res_blocks": (check_integer, 0, 64),
+        "decoder_dw_kernel_size": (check_choice, *range(1, 32, 2)),
+        "use_unpatchify": flag,
+        "resnet_norm_eps": (check_real, 1e-12, 1.0),
+        "decoder_layers_per_block": (check_list, [len(widths) + 1], check_integer, 0, 64),
+        "decoder_spatio_temporal_scaling": (check_list, [len(widths)], *flag),
+        "decoder_spatio_only": (check_list, [len(widths)], *flag),
+        "decoder_is_dw_conv": (check_list, [len(widths) + 1], *flag),
+        "encoder_temporal_downsample": (check_list, [len(multiples) - 1], *flag),
+    }
+    for name, lowest in (("latents_mean", -1e6), ("latents_std", 1e-6)):  # which original configs leave out
+        checks[name] = (check_list, [checked["latent_channels"], len(LATENTS_MEAN)], check_real, lowest, 1e6)
+    checked |= {name: check(name, config[name], *limits) for name, (check, *limits) in checks.items()}
+    num_layers = checked["decoder_layers_per_block"]
+    if not config["use_unpatchify"] and widths[0] % PATCH_SIZE**2:
+        raise ValueError(f"`decoder_block_out_channels[0]`={widths[0]} must be a multiple of {PATCH_SIZE**2}.")
+    size = max(widths) ** 2 * (sum(num_layers) + 2 * len(widths))
+    if config["encoder_base_dim"] is not None:
+        checked["encoder_base_dim"] = check_integer("encoder_base_dim", config["encoder_base_dim"], 1, MAX_SIZE)
+        width = checked["encoder_base_dim"] * max(multiples)
+        size = max(size, width**2 * (config["encoder_num_res_blocks"] + 2) * len(multiples))
+        factors = [2 ** (2 + down) for down in config["encoder_temporal_downsample"]] + [1]
+        for before, after, factor in zip((1, *multiples), multiples, factors, strict=False):
+            if before * factor % after:
+                raise ValueError(f"`encoder_dim_mult`={multiples}: {after} must divide {before * factor}.")
+    if 54 * size > MAX_PARAMETERS:  # two convolutions of 3x3x3 in a layer
+        raise ValueError(f"`decoder_block_out_channels`={widths} or `encoder_base_dim` are too many for the layers.")
+    return checked
 
 
 def rms_norm(hidden_states: Tensor, eps: float = 1e-8) -> Tensor:
@@ -256,7 +299,9 @@ class MagiHumanTurboDecoder3d(nn.Module):
         return self.conv_out(F.silu(rms_norm(hidden_states)))
 
 
-class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLMagiHumanTurbo(
+    MagiHumanWeightsMixin, ModelMixin, AutoencoderMixin, ConfigMixin, MagiHumanTurboSingleFileMixin
+):
     """The Turbo VAE of daVinci-MagiHuman ([arXiv 2603.21986](https://huggingface.co/papers/2603.21986)): `decode` is a
     light decoder for the latents of the Wan 2.2 VAE, `encode` is the encoder of the Wan 2.2 VAE.
 
@@ -281,9 +326,11 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean, latents_std (`tuple[float, ...]`): Statistics of the latent channels, applied by the pipelines.
 
     `spatial_compression_ratio` is pixels per latent in height and width, 16 in the published model, and
-    `temporal_compression_ratio` frames per latent frame after the first, 4. `ValueError`: tuples' lengths disagree.
+    `temporal_compression_ratio` frames per latent frame after the first, 4.
+    `ValueError`: a value is out of range, or lengths disagree.
     """
 
+    original_options = ORIGINAL_OPTIONS
     _supports_gradient_checkpointing = False
     _no_split_modules = ["MagiHumanTurboBlock3d", "WanResidualDownBlock", "WanMidBlock"]
     _group_offload_block_modules = ["encoder", "quant_conv", "decoder"]
@@ -312,13 +359,7 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_std: tuple[float, ...] = LATENTS_STD,
     ) -> None:
         super().__init__()
-        num_blocks = len(decoder_block_out_channels)
-        num_more = {"layers_per_block": 1, "spatio_temporal_scaling": 0, "spatio_only": 0, "is_dw_conv": 1}
-        for name, more in num_more.items():
-            value = self.config[f"decoder_{name}"]
-            if len(value) != num_blocks + more:
-                needed = f"{num_blocks + more} entries for {num_blocks} blocks"
-                raise ValueError(f"`decoder_{name}` must have {needed}, but is {value}.")
+        self.register_to_config(**check_config(self.config))
         self.encoder = self.quant_conv = None
         if encoder_base_dim is not None:
             widths = in_channels * PATCH_SIZE**2, encoder_base_dim, 2 * latent_channels, list(encoder_dim_mult)
@@ -356,8 +397,8 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         multiple = self.spatial_compression_ratio
         sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
         for name, size in sizes.items():
-            if size is not None and (not isinstance(size, Integral) or size < multiple or size % multiple):
-                raise ValueError(f"`{name}`={size!r} must be a positive multiple of {multiple}.")
+            if size is not None and check_integer(name, size) % multiple:
+                raise ValueError(f"`{name}`={size} must be a multiple of {multiple}.")
         self.use_tiling = True
         self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
         self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
@@ -380,9 +421,12 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         `ValueError` for other numbers of frames."""
         if self.encoder is None:
             raise ValueError("This model has no encoder: load one along, `load_original_turbo_vae(encoder=...)`.")
-        ratio = self.temporal_compression_ratio
-        if x.shape[2] % ratio != 1:
-            raise ValueError(f"`x` must have {ratio} * k + 1 frames, but has shape {tuple(x.shape)}.")
+        check_tensor("x", x, (None, self.config.in_channels, None, None, None), has_data=False)
+        ratio, multiple = self.temporal_compression_ratio, self.spatial_compression_ratio
+        if (x.shape[2] - 1) % ratio or x.shape[3] % multiple or x.shape[4] % multiple:
+            allowed = f"height and width multiples of {multiple} and {ratio} * k + 1 frames"
+            raise ValueError(f"`x` must have {allowed}, but has shape {tuple(x.shape)}.")
+        x = x.to(self.dtype)
         samples = x.split(1) if self.use_slicing else [x]
         posterior = DiagonalGaussianDistribution(torch.cat([self._encode(sample) for sample in samples]))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -395,6 +439,10 @@ class AutoencoderKLMagiHumanTurbo(ModelMixin, AutoencoderMixin, ConfigMixin):
         Each window but the outermost sees one latent frame more on either side, whose frames are cut off again. The
         last latent frame is repeated until the last window is full.
         """
+        check_tensor("z", z, (None, self.config.latent_channels, None, None, None), has_data=False)
+        return self._decode_windows(z.to(self.dtype))
+
+    def _decode_windows(self, z: Tensor) -> Iterator[Tensor]:
         num_missing = self.first_chunk_size - z.shape[2]
         num_padding = num_missing if num_missing > 0 else num_missing % self.step_size
         z = torch.cat([z, z[:, :, -1:].expand(-1, -1, num_padding, -1, -1)], dim=2)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens what is published, in any format, from the Hub or from disk, and loads it as components, tensor by tensor."""
 
-import inspect
 import json
 import os
-import pickle
 import re
 from collections import UserDict
 from collections.abc import Iterator, Mapping
@@ -16,21 +14,30 @@ import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, T5GemmaConfig, T5GemmaEncoderModel
 
-from .autoencoder_kl_magihuman_turbo import ORIGINAL_OPTIONS, AutoencoderKLMagiHumanTurbo
-from .conversion import Rule, check_names_and_shapes, check_variant, convert_tensors, guess_variant, plan_transformer
+from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .checks import check_dtype, check_options, show, show_some
+from .constants import AUDIO_VAE, ORIGINAL, TEXT_ENCODER, VIDEO_VAE
+from .conversion import (
+    Rule,
+    check_feed_forward_multiple,
+    check_names_and_shapes,
+    convert_tensors,
+    find_variant,
+    plan_transformer,
+    table_names,
+    with_table_names,
+)
+from .files import naming, reading
 from .scheduling_magihuman_flow import MagiHumanFlowScheduler
+from .single_file import HUB_OPTIONS, empty_model, turbo_vae_rules
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
-ORIGINAL = "GAIR/daVinci-MagiHuman"
-TEXT_ENCODER = "google/t5gemma-9b-9b-ul2"
-AUDIO_VAE = "stabilityai/stable-audio-open-1.0"
-VIDEO_VAE = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-VARIANT_FOLDERS = {"base": "base", "distill": "distill", "sr_540p": "540p_sr", "sr_1080p": "1080p_sr"}
-TURBO_VAE_WRAPPED = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv_out", "time_conv", "upsampler2d_1")
+VARIANT_FOLDERS = {"base": ["base"], "distilled": ["distill"]}  # of the original, and of others
+VARIANT_FOLDERS |= {f"sr-{size}": [f"{size}_sr", f"sr_{size}"] for size in ("540p", "1080p")}
 Source = str | os.PathLike[str]
 
 
@@ -38,29 +45,30 @@ class LazyTensors(UserDict[str, Any]):
     """Tensors of safetensors files by name; a file is open for one tensor only, so that nothing read stays mapped."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        super().__init__(files)
+        super().__init__({name: (original, files[original]) for name, original in table_names(files).items()})
         self.shapes: dict[str, torch.Size] = {}
         for path in sorted(set(files.values())):
             with open_safetensors(path) as file:
-                self.shapes |= {x: torch.Size(file.get_slice(x).get_shape()) for x in files if files[x] == path}
+                originals = {name: original for name, (original, where) in self.data.items() if where == path}
+                self.shapes |= {x: torch.Size(file.get_slice(y).get_shape()) for x, y in originals.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        with open_safetensors(self.data[name]) as file:
-            return file.get_tensor(name)
+        original, path = self.data[name]
+        with open_safetensors(path) as file:
+            return file.get_tensor(original)
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, FileNotFoundError) as error:
-        raise OSError(f"{str(path)!r} is missing, damaged, or lacks what its index says it holds: {error}") from error
+    fault = "is missing, damaged, or lacks what its index says it holds"
+    with reading(path, fault), safe_open(path, framework="pt") as file:
+        yield file
 
 
 def open_checkpoint(path: Path) -> LazyTensors:
     """Opens a safetensors file, an index of several, or a directory that holds one of them."""
-    return LazyTensors(find_tensors(path))
+    with naming(path):
+        return LazyTensors(find_tensors(path))
 
 
 def find_tensors(path: Path) -> dict[str, Path]:
@@ -74,18 +82,18 @@ def find_tensors(path: Path) -> dict[str, Path]:
     if path.suffix != ".json":
         with open_safetensors(path) as file:
             return dict.fromkeys(file.keys(), path)
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+    with reading(path, "is no index of safetensors files"):
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {name: path.parent / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OSError(f"{str(path)!r} is no index of safetensors files: {error!r}") from error
     if outside := sorted({str(file) for name, file in files.items() if weight_map[name] != file.name}):
-        raise ValueError(f"{str(path)!r} names the files {outside}, allowed are names of files beside it.")
+        raise ValueError(f"{str(path)!r} names the files {show_some(outside)}, allowed are names of files beside it.")
     return files
 
 
-def fetch(source: Source, patterns: list[str], **hub_kwargs: Any) -> Path:
+def fetch(source: Source, patterns: list[str], subfolder: str | None = None, **hub_kwargs: Any) -> Path:
     """The local path of a file or directory, or of a repository's snapshot with the files that match the patterns."""
+    if not isinstance(source, str | os.PathLike) or not isinstance(subfolder, str | None):
+        raise ValueError(f"`path_or_repo`={show(source)} and `subfolder`={show(subfolder)} must be paths.")
     if os.path.exists(source):
         return Path(source)
     repo_id = os.fspath(source)
@@ -104,9 +112,9 @@ def open_transformer(source: Source, subfolder: str | None, variant: str, **hub_
     """Opens a transformer; `subfolder` is a directory or file of the source, or follows from the variant."""
     names = ["sr_transformer", "transformer"] if variant.startswith("sr") else ["transformer"]
     hub_kwargs["ignore_patterns"] = "*/transformer/*" if variant.startswith("sr") else "*/sr_transformer/*"
-    folders = [subfolder] if subfolder else sorted({variant, VARIANT_FOLDERS[variant]})
+    folders = [subfolder] if subfolder else VARIANT_FOLDERS[variant]
     patterns = [f"{folder}/{kind}" for folder in folders for kind in ("*.safetensors", "*.json")]
-    root = fetch(source, [*patterns, *folders], **hub_kwargs)
+    root = fetch(source, [*patterns, *folders], subfolder, **hub_kwargs)
     found = next((root / folder for folder in folders if (root / folder).exists()), None)
     if found is None and not subfolder:  # the source is the transformer; of a repository nothing but standard names
         found = fetch(source, ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*"], **hub_kwargs)
@@ -121,7 +129,9 @@ def load_original_transformer(
     path_or_repo: Source,
     subfolder: str | None = None,
     variant: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    feed_forward_multiple: int | None = None,
     **hub_kwargs: Any,
 ) -> MagiHumanTransformer3DModel:
     """Loads a transformer from any published format: canonical or split names, a file or shards, scaled float8 or not.
@@ -129,40 +139,32 @@ def load_original_transformer(
     Args:
         path_or_repo (`str` or `os.PathLike`): A safetensors file, a directory, or a repository on the Hub.
         subfolder (`str`, *optional*): Directory or file within it, for example `"distill"`.
-        variant (`str`, *optional*): `"base"`, `"distill"`, `"sr_540p"` or `"sr_1080p"`, guessed from the path.
-        dtype (`torch.dtype`): What the linears compute in; norms, embedders and heads are always float32.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of the download.
+        variant (`str`, *optional*): `"base"`, `"distilled"`, `"sr-540p"` or `"sr-1080p"`, guessed from the path.
+        dtype, torch_dtype (`torch.dtype` or `str`, *optional*): What the linears compute in, bfloat16 by default;
+            norms, embedders and heads are always float32.
+        feed_forward_multiple (`int`, *optional*): Of the config, see [`MagiHumanTransformer3DModel`]; found by
+            [`transformer_config_from_state_dict`] if left out.
+        hub_kwargs: Of the download, one of `HUB_OPTIONS`; anything else is a `TypeError`.
 
     `ValueError`: the variant cannot be guessed, or tensors do not fit; `OSError`: a file or repository is missing,
     damaged or not accessible.
     """
-    variant = check_variant(variant or guess_variant(path_or_repo, subfolder))
+    check_options("load_original_transformer", hub_kwargs, HUB_OPTIONS)
+    check_feed_forward_multiple(feed_forward_multiple)
+    dtype = check_dtype("dtype", torch_dtype if dtype is None else dtype)
+    variant = find_variant(variant, path_or_repo, subfolder)
     source = open_transformer(path_or_repo, subfolder, variant, **hub_kwargs)
-    config, rules = plan_transformer(source, variant)
-    model = meta_model(MagiHumanTransformer3DModel, config)
-    model.load_state_dict(dict(convert_tensors(source, rules, dtype)), assign=True)
+    with naming(path_or_repo):
+        config, rules = plan_transformer(source, variant, feed_forward_multiple)
+        model = empty_model(MagiHumanTransformer3DModel, config)
+        model.load_state_dict(dict(convert_tensors(source, rules, dtype)), assign=True)
     return model.eval()
-
-
-def meta_model(model_class: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
-    with torch.device("meta"):
-        return model_class.from_config(dict(config))
-
-
-def turbo_vae_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
-    """Our names are the original's without a module `conv` that wraps some of its convolutions."""
-    rules = {}
-    for name, parameter in meta_model(AutoencoderKLMagiHumanTurbo, config).decoder.named_parameters(prefix="decoder"):
-        module, _, kind = name.rpartition(".")
-        wrapper = ".conv" if module.split(".")[-1] in TURBO_VAE_WRAPPED else ""
-        rules[f"{module}{wrapper}.{kind}"] = Rule({name: parameter.shape})
-    return rules
 
 
 def convert_turbo_vae_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Converts a decoder by the original's names, `decoder.` before each, to ours; a `ValueError` if one does not fit.
     Keys of `config` that [`AutoencoderKLMagiHumanTurbo`] does not know are ignored."""
-    rules = turbo_vae_rules(config)
+    rules, state_dict = turbo_vae_rules(empty_model(AutoencoderKLMagiHumanTurbo, config)), with_table_names(state_dict)
     check_names_and_shapes(state_dict, rules)
     return dict(convert_tensors(state_dict, rules))
 
@@ -171,56 +173,53 @@ def load_original_turbo_vae(
     path_or_repo: Source,
     subfolder: str | None = None,
     encoder: Source | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     **hub_kwargs: Any,
 ) -> AutoencoderKLMagiHumanTurbo:
     """
     Loads the Turbo VAE from the published checkpoint, a pickle of plain tensors (`OSError` for more), or safetensors.
 
     Args:
-        path_or_repo, hub_kwargs: See [`load_original_transformer`], also for errors; `dtype` is that of all weights.
+        path_or_repo, hub_kwargs: See [`load_original_transformer`], also for errors.
+        dtype, torch_dtype (`torch.dtype` or `str`, *optional*): Of all weights, float32 by default.
         subfolder (`str`, *optional*): Directory within it; `"turbo_vae"` if there is one, and of a repository.
         encoder (`str` or `os.PathLike`, *optional*): Wan 2.2 VAE in Diffusers format whose encoder is taken along, a
             directory or a repository with a folder `vae`. Without it the model only decodes.
     """
-    if subfolder is None and (not os.path.exists(path_or_repo) or (Path(path_or_repo) / "turbo_vae").is_dir()):
+    check_options("load_original_turbo_vae", hub_kwargs, HUB_OPTIONS)
+    dtype = check_dtype("dtype", torch_dtype if dtype is None else dtype, torch.float32)
+    path = fetch(path_or_repo, [f"{'turbo_vae' if subfolder is None else subfolder}/*"], subfolder, **hub_kwargs)
+    if subfolder is None and (not os.path.exists(path_or_repo) or (path / "turbo_vae").is_dir()):
         subfolder = "turbo_vae"
-    path = fetch(path_or_repo, [f"{subfolder}/*"], **hub_kwargs) / (subfolder or "")
+    path /= subfolder or ""
     files = [path] if path.is_file() else sorted([*path.glob("*.ckpt"), *path.glob("*.safetensors")])
     if len(files) != 1:
         raise OSError(f"{str(path)!r} must hold one .ckpt or .safetensors file, but holds {[f.name for f in files]}.")
-    published: dict[str, Any] = {}
-    try:
-        for file in sorted(files[0].parent.glob("*.json")):
-            published |= json.loads(file.read_text())
-        file = files[0]
-        is_pickle = file.suffix != ".safetensors"
-        weights = torch.load(file, map_location="cpu", weights_only=True) if is_pickle else open_checkpoint(file)
-        weights = dict(weights.get("ema_state_dict", weights))
-    except (ValueError, TypeError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
-        raise OSError(f"{str(file)!r} is damaged, or holds more than plain tensors or settings: {error}") from error
-    # Less the keys of its training, which Diffusers would warn of.
-    known = ORIGINAL_OPTIONS.keys() | inspect.signature(AutoencoderKLMagiHumanTurbo).parameters
-    published = {name: value for name, value in published.items() if name in known}
-    config, _, _ = AutoencoderKLMagiHumanTurbo.extract_init_dict(published)
-    names = {name: f"decoder.{name.removeprefix('module.').removeprefix('decoder.')}" for name in weights}
-    state_dict = convert_turbo_vae_state_dict({names[name]: tensor for name, tensor in weights.items()}, config)
+    model = AutoencoderKLMagiHumanTurbo.from_single_file(files[0])
     if encoder is not None:
         wan = load_part(AutoencoderKLWan, encoder, torch.float32, **hub_kwargs)
+        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
         config |= {f"encoder_{name}": wan.config[name] for name in ("base_dim", "dim_mult", "num_res_blocks")}
         config |= {name: wan.config[name] for name in ("latents_mean", "latents_std")}
         config["encoder_temporal_downsample"] = wan.config.temperal_downsample
-        state_dict |= {x: value for x, value in wan.state_dict().items() if x.startswith(("encoder.", "quant_conv."))}
-    model = meta_model(AutoencoderKLMagiHumanTurbo, config)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
-    return model.eval()
+        state_dict = {x: value for x, value in wan.state_dict().items() if x.startswith(("encoder.", "quant_conv."))}
+        state_dict |= model.state_dict()
+        model = empty_model(AutoencoderKLMagiHumanTurbo, config)
+        model.load_state_dict(state_dict, assign=True)
+    return model.eval().to(dtype)
 
 
 def load_text_encoder(
-    path_or_repo: Source = TEXT_ENCODER, dtype: torch.dtype = torch.bfloat16, **hub_kwargs: Any
+    path_or_repo: Source = TEXT_ENCODER,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    **hub_kwargs: Any,
 ) -> tuple[Any, T5GemmaEncoderModel]:
-    """Loads T5Gemma's tokenizer and encoder, whose weights come in `dtype`; shards that hold nothing but decoder are
-    not downloaded. `hub_kwargs` and errors are those of [`load_original_transformer`]."""
+    """Loads T5Gemma's tokenizer and encoder, whose weights come in `dtype`, bfloat16 by default; shards that hold
+    nothing but decoder are not downloaded. Other arguments and errors are those of [`load_original_transformer`]."""
+    check_options("load_text_encoder", hub_kwargs, HUB_OPTIONS)
+    dtype = check_dtype("dtype", torch_dtype if dtype is None else dtype)
     tokenizer, tensors, rules, config = open_text_encoder(path_or_repo, **hub_kwargs)
     weights = dict(convert_tensors(tensors, rules, dtype))
     return tokenizer, T5GemmaEncoderModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -232,49 +231,70 @@ def open_text_encoder(source: Source, **hub_kwargs: Any) -> tuple[Any, LazyTenso
     kept = ("model.encoder.", "encoder.")
     files = {name: path for name, path in find_tensors(root).items() if name.startswith(kept)}
     fetch(source, sorted({path.name for path in files.values()}), **hub_kwargs)
-    tensors, config = LazyTensors(files), T5GemmaConfig.from_pretrained(root)
-    config.is_encoder_decoder = False
-    with torch.device("meta"):
-        expected = T5GemmaEncoderModel(config).state_dict()
-    prefix = "model." if any(name.startswith(kept[0]) for name in files) else ""
-    rules = {prefix + name: Rule({name: tensor.shape}) for name, tensor in expected.items()}
-    check_names_and_shapes(tensors, rules)  # Transformers would fill in what is missing at random
-    return AutoTokenizer.from_pretrained(root), tensors, rules, config
+    with reading(root / "config.json"):
+        config = T5GemmaConfig.from_pretrained(root)
+        config.is_encoder_decoder = False
+        with torch.device("meta"):
+            expected = T5GemmaEncoderModel(config).state_dict()
+    rules = {name: Rule({name: tensor.shape}) for name, tensor in expected.items()}
+    with naming(root):
+        tensors = LazyTensors(files)
+        check_names_and_shapes(tensors, rules)  # Transformers would fill in what is missing at random
+    with reading(root / "tokenizer.json"):
+        return AutoTokenizer.from_pretrained(root), tensors, rules, config
 
 
 def load_original_components(
     path_or_repo: Source = ORIGINAL,
     variant: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
     subfolder: str | None = None,
     text_encoder: Source = TEXT_ENCODER,
     audio_vae: Source = AUDIO_VAE,
     video_vae: Source = VIDEO_VAE,
     turbo_vae: Source | None = ORIGINAL,
+    torch_dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
+    feed_forward_multiple: int | None = None,
     **hub_kwargs: Any,
 ) -> dict[str, Any]:
     """Loads all components of a pipeline, by name, from the repositories that hold them, or from local copies.
 
     Args:
-        path_or_repo, variant, subfolder: The transformer, see [`load_original_transformer`], also for errors.
-        dtype (`torch.dtype`): Dtype of all but the audio autoencoder, which is float32.
+        path_or_repo, variant, subfolder, feed_forward_multiple: The transformer, see [`load_original_transformer`],
+            also for errors.
+        dtype, torch_dtype (`torch.dtype`, `str` or `dict`, *optional*): Dtype of all but the audio autoencoder, which
+            is float32; bfloat16 by default. Or one for each part by its name, and `"default"`, else float32.
         text_encoder, audio_vae, video_vae (`str` or `os.PathLike`): Directories or repositories of the other parts.
         turbo_vae (`str` or `os.PathLike`, *optional*): The light decoder, which takes the encoder of `video_vae`;
             `None` for `video_vae` as a whole.
         hub_kwargs: `token`, `cache_dir`, `local_files_only` of all downloads, `revision` of the transformer's.
     """
-    variant = variant or guess_variant(path_or_repo, subfolder)
-    transformer = load_original_transformer(path_or_repo, subfolder, variant, dtype, **hub_kwargs)
+    check_options("load_original_components", hub_kwargs, HUB_OPTIONS)
+    dtypes = check_dtypes(torch_dtype if dtype is None else dtype)
+    variant = find_variant(variant, path_or_repo, subfolder)
+    options = {"dtype": dtypes["transformer"], "feed_forward_multiple": feed_forward_multiple}
+    transformer = load_original_transformer(path_or_repo, subfolder, variant, **options, **hub_kwargs)
     hub_kwargs.pop("revision", None)  # the other parts are in other repositories
-    tokenizer, encoder = load_text_encoder(text_encoder, dtype, **hub_kwargs)
+    tokenizer, encoder = load_text_encoder(text_encoder, dtypes["text_encoder"], **hub_kwargs)
     return {
         "tokenizer": tokenizer,
         "text_encoder": encoder,
         "transformer": transformer,
-        "scheduler": MagiHumanFlowScheduler(sampler="renoise" if variant == "distill" else "unipc"),
-        "vae": load_video_vae(video_vae, turbo_vae, dtype, **hub_kwargs),
-        "audio_vae": load_part(AutoencoderOobleck, audio_vae, torch.float32, **hub_kwargs),
+        "scheduler": MagiHumanFlowScheduler(sampler="renoise" if variant == "distilled" else "unipc"),
+        "vae": load_video_vae(video_vae, turbo_vae, dtypes["vae"], **hub_kwargs),
+        "audio_vae": load_part(AutoencoderOobleck, audio_vae, dtypes["audio_vae"], **hub_kwargs),
     }
+
+
+def check_dtypes(dtype: Any) -> dict[str, torch.dtype]:
+    """The dtype of each part of a pipeline, of one dtype for all, or of a dict."""
+    parts = ("transformer", "text_encoder", "vae", "audio_vae")
+    if not isinstance(dtype, dict):
+        return dict.fromkeys(parts, check_dtype("dtype", dtype)) | {"audio_vae": torch.float32}
+    if unknown := dtype.keys() - {"default", *parts}:
+        raise ValueError(f"`dtype` has the keys {show(sorted(map(str, unknown)))}, allowed are {('default', *parts)}.")
+    dtypes = {name: check_dtype(f"dtype[{name!r}]", value) for name, value in dtype.items()}
+    return dict.fromkeys(parts, dtypes.get("default", torch.float32)) | {"audio_vae": torch.float32} | dtypes
 
 
 def load_video_vae(video_vae: Source, turbo_vae: Source | None, dtype: torch.dtype, **hub_kwargs: Any) -> ModelMixin:

@@ -18,6 +18,7 @@ from diffusers.models.attention_dispatch import SeqAllToAllDim
 from torch import Tensor, nn
 
 from .caches import check_cache
+from .checks import check_integer, show
 
 AnyParallelConfig = ParallelConfig | ContextParallelConfig | TensorParallelConfig
 
@@ -72,17 +73,23 @@ class MagiHumanParallelMixin:
         "gather_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
 
-    def make_tensor_parallel_plan(self) -> dict[str, str | PackedColwiseParallel]:
-        """How each linear of the blocks is split, by its name: heads and inner channels are shared out."""
-        plan: dict[str, str | PackedColwiseParallel] = {}
-        modules = self.transformer_blocks.named_modules(prefix="transformer_blocks")
-        linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-        for name, linear in linears.items():
-            parent, _, kind = name.rpartition(".")
-            plan[name] = "rowwise" if kind in ("to_out", "linear_out") else "colwise"
-            if kind == "linear_in" and linear.out_features != linears[f"{parent}.linear_out"].in_features:
-                plan[name] = PackedColwiseParallel([1, 1])  # gate and linear half of a SwiGLU
-        return plan
+    # Heads and inner channels are shared out. As blocks differ, what is alike in all of them is listed below.
+    _tp_plan: dict[str, str | PackedColwiseParallel] = {
+        **dict.fromkeys(("projections.*.to_q", "projections.*.to_k", "projections.*.to_v"), "colwise"),
+        "gated_projections.*.to_gate": "colwise",
+        "projections.*.to_out": "rowwise",
+        "feed_forwards.*.linear_in": PackedColwiseParallel(),  # of the parts that each linear names
+        "feed_forwards.*.linear_out": "rowwise",
+    }
+
+    def _parts_with(self, name: str) -> nn.ModuleList:
+        """The parts of all blocks that have a linear of the name."""
+        parts = self.transformer_blocks.modules()
+        return nn.ModuleList(part for part in parts if isinstance(getattr(part, name, None), nn.Module))
+
+    projections = property(lambda self: self._parts_with("to_out"))
+    gated_projections = property(lambda self: self._parts_with("to_gate"))
+    feed_forwards = property(lambda self: self._parts_with("linear_out"))
 
     def enable_parallelism(self, *, config: AnyParallelConfig, cp_plan: dict[str, Any] | None = None) -> None:
         """Shares the work out to the processes of `torch.distributed`, each of which must be given the same inputs.
@@ -93,6 +100,19 @@ class MagiHumanParallelMixin:
         first-block cache, or `ring_degree` is not 1; `tp_degree` does not divide the key and value heads, or
         projections are fused.
         """
+        self.check_parallelism(config)
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
+
+    def _resolve_parallel_config(self, config: AnyParallelConfig) -> ParallelConfig:
+        # The one method that Diffusers calls both here and while it loads; goes once `from_pretrained` checks by a
+        # method of the model whether the weights can be split.
+        self.check_parallelism(config)
+        return super()._resolve_parallel_config(config)
+
+    def check_parallelism(self, config: AnyParallelConfig) -> None:
+        """Raises the errors of `enable_parallelism`."""
+        if not isinstance(config, AnyParallelConfig):
+            raise ValueError(f"`config`={show(config)} must be a `ContextParallelConfig` or `TensorParallelConfig`.")
         context = config if isinstance(config, ContextParallelConfig) else None
         tensor = config if isinstance(config, TensorParallelConfig) else None
         if isinstance(config, ParallelConfig):
@@ -109,10 +129,9 @@ class MagiHumanParallelMixin:
             degree = tensor.tp_degree if tensor.mesh is None else tensor.mesh.size()
             degrees.append(("tp_degree", degree, self.config.num_key_value_heads, "key and value"))
         for name, degree, num_heads, kind in degrees:
-            if num_heads % degree:
+            if num_heads % check_integer(name, degree):
                 allowed = [size for size in range(1, num_heads + 1) if num_heads % size == 0]
                 raise ValueError(f"`{name}`={degree} must divide the {num_heads} {kind} heads: one of {allowed}.")
-        super().enable_parallelism(config=config, cp_plan=cp_plan)
 
     @property
     def _num_shards(self) -> int:

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text, and if wanted a first frame or audio, to a video of a person speaking, with audio."""
 
+import inspect
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .checks import check_choice, check_tensor
+from .constants import FRAME_RATE
+from .denoising import scale_at
 from .media import AudioInput, ImageInput, load_images
 from .pipeline_base import (
-    FRAME_RATE,
     MAX_SEQUENCE_LENGTH,
     Generators,
     Inputs,
@@ -20,13 +24,59 @@ from .pipeline_base import (
     MagiHumanPipelineOutput,
     StepCallback,
     check_forms,
+    check_generators,
     check_lengths,
-    check_tensor,
+    check_numbers,
+    check_tensors,
     count_audio_latents,
+    latent_shapes,
     load_audios,
+    one_at_a_time,
+    pass_audio,
     repeat,
 )
+from .prompts import count_words
 from .transformer_magihuman import MagiHumanTransformer3DModel
+
+logger = logging.get_logger(__name__)
+
+
+def prepare_latents(
+    pipe: Any,
+    batch_size: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    generator: Generators,
+    device: torch.device,
+    latents: Tensor | None = None,
+    audio_latents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws the initial noise, the audio's before the video's as the original does, unless it is given: float32
+    latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)` and of the audio
+    `(batch_size, num_frames, audio_channels)`; height and width are in pixels."""
+    shape, audio_shape = latent_shapes(pipe, batch_size, num_frames, height, width)
+    check_tensors(locals(), latents=shape, audio_latents=audio_shape)
+    check_generators(generator, batch_size, device)
+    if audio_latents is None:
+        audio_latents = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
+    if latents is None:
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    return latents.to(device, torch.float32), audio_latents.to(device, torch.float32)
+
+
+def count_frames(pipe: Any, audio: list[Tensor] | None, conditioning_audio_latents: Tensor | None) -> int | None:
+    """The length that given audio sets, in latents or samples, if a call names none."""
+    if conditioning_audio_latents is not None:
+        check_tensor("conditioning_audio_latents", conditioning_audio_latents, (None, None, None))
+        return conditioning_audio_latents.shape[1]
+    if audio is None:
+        return None
+    lengths = sorted({count_audio_latents(item.shape[1], pipe.audio_hop_length) for item in audio})
+    if len(lengths) > 1 or lengths[0] < 1:
+        allowed = f"without `num_frames` all must last the same, 1/{FRAME_RATE} s or more"
+        raise ValueError(f"`audio` lasts {lengths} frames; {allowed}.")
+    return lengths[0]
 
 
 class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
@@ -41,7 +91,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         default_guidance_scale (`float`, *optional*): Guidance when a call names none; 5, or 1 when distilled.
     """
 
-    original_variants = {"base": {"is_distilled": False}, "distill": {"is_distilled": True}}
+    original_variants = {"base": {"is_distilled": False}, "distilled": {"is_distilled": True}}
 
     def __init__(
         self,
@@ -57,6 +107,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         default_num_frames: int = 126,
         default_guidance_scale: float | None = None,
     ) -> None:
+        check_choice("is_distilled", is_distilled, True, False)
+        check_numbers(locals(), "default_guidance_scale")
         super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
         self.register_to_config(is_distilled=is_distilled, default_height=default_height, default_width=default_width)
         self.register_to_config(default_num_frames=default_num_frames, default_guidance_scale=default_guidance_scale)
@@ -67,36 +119,21 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         batch_size = num_prompts * inputs["num_videos_per_prompt"]
         size = (inputs[name] for name in ("num_frames", "height", "width"))
         shape, audio_shape = self.latent_shapes(batch_size, *size)
-        check_tensor(inputs, "latents", shape)
-        check_tensor(inputs, "audio_latents", audio_shape)
-        check_tensor(inputs, "image_latents", (None, shape[1], 1, *shape[3:]))
-        check_tensor(inputs, "conditioning_audio_latents", (None, *audio_shape[1:]))
+        check_tensors(inputs, latents=shape, image_latents=(None, shape[1], 1, *shape[3:]))
+        check_tensors(inputs, audio_latents=audio_shape, conditioning_audio_latents=(None, *audio_shape[1:]))
         check_forms(inputs, "conditioning_audio_latents", "audio", "audio_latents")
         items = ("image", "image_latents", "audio", "conditioning_audio_latents")
-        check_lengths(inputs, *items, num_prompts=num_prompts, batch_size=batch_size)
+        check_lengths(self, inputs, *items, num_prompts=num_prompts, batch_size=batch_size)
+        texts = [inputs["prompt"]] if isinstance(inputs["prompt"], str) else inputs["prompt"] or []
+        # The tiny models know short prompts.
+        if self.transformer.config.num_layers >= 40 and (short := min(map(count_words, texts), default=60)) < 60:
+            wanted = "the models were trained on 150 to 200, and fewer than 60 give blur and ghosting"
+            logger.warning(f"The description in the prompt has {short} words; {wanted}.")
         return num_prompts
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_frames: int,
-        height: int,
-        width: int,
-        generator: Generators,
-        device: torch.device,
-        latents: Tensor | None = None,
-        audio_latents: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Draws the initial noise, the audio's before the video's as the original does, unless it is given: float32
-        latents of the video `(batch_size, channels, latent_frames, latent_height, latent_width)` and of the audio
-        `(batch_size, num_frames, audio_channels)`; height and width are in pixels."""
-        shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
-        if audio_latents is None:
-            audio_latents = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device, torch.float32), audio_latents.to(device, torch.float32)
+    prepare_latents = prepare_latents
 
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -173,7 +210,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             >>> from diffusers import DiffusionPipeline
             >>> from diffusers_magihuman import export_to_mp4
             >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
-            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype).to("cuda")
+            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distilled", dtype=dtype).to("cuda")
             >>> out = pipe(prompt, image="portrait.png", generator=torch.Generator("cuda").manual_seed(42))
             >>> export_to_mp4(out.frames[0], "out.mp4", audio=out.audio[0])
             ```
@@ -186,6 +223,7 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             `OSError`: `image` or `audio` cannot be read.
         """
         # 1. Fill in defaults and read files
+        inputs = dict(locals())
         default_steps, default_scale = (8, 1.0) if self.config.is_distilled else (32, 5.0)
         if self.config.default_guidance_scale is not None:
             default_scale = self.config.default_guidance_scale
@@ -196,36 +234,23 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
         self._audio_guidance_scale = default_scale if audio_guidance_scale is None else audio_guidance_scale
         self._attention_kwargs, self._current_timestep, self._interrupt = attention_kwargs, None, False
         images = None if image is None else load_images(image)
-        audio = None if audio is None else load_audios(audio, self.audio_vae_sampling_rate)[0]
+        if audio is not None:
+            audio, passed_audio = load_audios(audio, self.audio_vae_sampling_rate, self.audio_sampling_rate)
         if num_frames is None:
-            num_frames = self.config.default_num_frames
-            if conditioning_audio_latents is not None:
-                num_frames = conditioning_audio_latents.shape[1]
-            elif audio is not None:
-                lengths = sorted({count_audio_latents(item.shape[1], self.audio_hop_length) for item in audio})
-                num_frames = lengths[0]
-                if len(lengths) > 1 or num_frames < 1:
-                    allowed = f"without `num_frames` all must last the same, 1/{FRAME_RATE} s or more"
-                    raise ValueError(f"`audio` lasts {lengths} frames; {allowed}.")
+            num_frames = count_frames(self, audio, conditioning_audio_latents)
+            num_frames = self.config.default_num_frames if num_frames is None else num_frames
 
         # 2. Check everything before a model runs
         # A callback of Diffusers names its tensors itself.
         step_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        prompts = {"prompt": prompt, "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask}
-        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds_mask": negative_prompt_embeds_mask}
-        prompts |= {"negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length}
-        prompts |= {"num_videos_per_prompt": num_videos_per_prompt}
-        inputs = prompts | {"image": images, "audio": audio, "latents": latents, "audio_latents": audio_latents}
-        inputs |= {"image_latents": image_latents, "conditioning_audio_latents": conditioning_audio_latents}
-        inputs |= {"height": height, "width": width, "num_frames": num_frames, "generator": generator}
-        inputs |= {"num_inference_steps": num_inference_steps, "output_type": output_type}
-        inputs |= {"callback_on_step_end_tensor_inputs": step_inputs}
-        if low_noise_guidance_scale is not None:
-            inputs["low_noise_guidance_scale"] = low_noise_guidance_scale
+        inputs |= {"image": images, "audio": audio, "height": height, "width": width, "num_frames": num_frames}
+        inputs |= {"num_inference_steps": num_inference_steps, "callback_on_step_end_tensor_inputs": step_inputs}
+        inputs |= {"guidance_scale": self.guidance_scale, "audio_guidance_scale": self.audio_guidance_scale}
         batch_size, device = self.check_inputs(inputs) * num_videos_per_prompt, self._execution_device
 
         # 3. Encode the text
         is_guided = self.do_classifier_free_guidance
+        prompts = {name: inputs[name] for name in inspect.signature(self.encode_prompt).parameters if name in inputs}
         text = self.encode_prompt(**prompts, do_classifier_free_guidance=is_guided, device=device)
 
         # 4. Encode the first frame and the given audio
@@ -245,9 +270,8 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
 
         # 6. Denoise; given audio stays as it is
         def guidance_at(timestep: Tensor) -> float:
-            if timestep > 0.5 * self.scheduler.config.num_train_timesteps:
-                return self.guidance_scale
-            return min(2.0, self.guidance_scale) if low_noise_guidance_scale is None else low_noise_guidance_scale
+            middle = 0.5 * self.scheduler.config.num_train_timesteps
+            return scale_at(timestep, middle, self.guidance_scale, low_noise_guidance_scale)
 
         options = {"image_latents": image_latents, "moves_audio": conditioning_audio_latents is None}
         on_step_end = callback_on_step_end, step_inputs
@@ -255,9 +279,13 @@ class MagiHumanAudioVideoPipeline(MagiHumanPipeline):
             latents, audio_latents, text, num_inference_steps, guidance_at, generator, on_step_end, **options
         )
 
-        # 7. Decode
-        frames, audio = latents, audio_latents
+        # 7. Decode; given audio comes out as it went in
+        frames, output_audio = latents, audio_latents
         if output_type != "latent":
-            frames, audio = self.decode_latents(frames, output_type), self.decode_audio(audio, output_type)
+            frames = self.decode_latents(latents, output_type)
+            if audio is None:
+                output_audio = self.decode_audio(audio_latents, output_type)
+            else:
+                output_audio = pass_audio(self, passed_audio, batch_size, num_frames, output_type)
         self.maybe_free_model_hooks()
-        return MagiHumanPipelineOutput(frames=frames, audio=audio) if return_dict else (frames, audio)
+        return MagiHumanPipelineOutput(frames=frames, audio=output_audio) if return_dict else (frames, output_audio)

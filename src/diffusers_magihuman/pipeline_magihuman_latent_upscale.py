@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents of a video in low resolution, or the video, to the same video in high resolution."""
 
+import inspect
+import math
 from typing import Any
 
 import torch
@@ -11,21 +13,28 @@ from torch import Tensor
 from transformers import GemmaTokenizer, T5GemmaEncoderModel
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
+from .checks import check_tensor
+from .constants import FRAME_RATE
 from .conversion import UPSCALE_SIZES
+from .denoising import leading_scales
 from .media import AudioInput, ImageInput, VideoInput, load_images, load_videos
 from .pipeline_base import (
-    FRAME_RATE,
     MAX_SEQUENCE_LENGTH,
     Generators,
     Inputs,
     MagiHumanPipeline,
     MagiHumanPipelineOutput,
     StepCallback,
+    check_components,
     check_forms,
+    check_generators,
     check_lengths,
-    check_tensor,
-    fit_audio,
+    check_numbers,
+    check_tensors,
+    latent_shapes,
     load_audios,
+    one_at_a_time,
+    pass_audio,
     repeat,
 )
 from .transformer_magihuman import MagiHumanTransformer3DModel
@@ -38,6 +47,112 @@ def zero_snr_signal_scales() -> Tensor:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scales = (1 - betas).cumprod(dim=0).float().sqrt()
     return (scales - scales[-1]) * (scales[0] / (scales[0] - scales[-1]))
+
+
+def default_size(
+    source: tuple[int, int], default: tuple[int, int], height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """Height and width that a video of the size `source` is upscaled to. What is not given keeps the source's aspect,
+    as well as multiples of 32 can, in about the area of the size `default`, which stays as it is where it has that
+    aspect up to rounding; it is never less than the source."""
+    check_numbers(locals(), "height", "width")
+    aspect, area = source[0] / source[1], max(math.prod(default), math.prod(source))
+
+    def nearest(size: float, low: int) -> int:
+        return max(round(size / 32), math.ceil(low / 32)) * 32
+
+    if height is None and width is None:  # the shorter side first, so that rounding changes the aspect least
+        if aspect < 1:
+            height = nearest(math.sqrt(area * aspect), source[0])
+        else:
+            width = nearest(math.sqrt(area / aspect), source[1])
+    height = nearest(width * aspect, source[0]) if height is None else height
+    return height, (nearest(height / aspect, source[1]) if width is None else width)
+
+
+def check_source(pipe: Any, inputs: Inputs) -> tuple[int, int, int, int]:
+    """Checks what is to be upscaled; returns the number of videos, of their latent frames, and their size."""
+    check_components(pipe.components)
+    check_forms(inputs, "latents", "video", is_needed=True)
+    ratio, multiple = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    if inputs["latents"] is not None:
+        transformer = pipe.components.get("transformer")
+        channels = None if transformer is None else transformer.config.in_channels
+        check_tensor("latents", inputs["latents"], (None, channels, None, None, None))
+        num_videos, _, latent_frames, height, width = inputs["latents"].shape
+        return num_videos, latent_frames, height * multiple, width * multiple
+    shapes = {tuple(video.shape) for video in inputs["video"]}
+    num_frames, _, height, width = next(iter(shapes))
+    if len(shapes) > 1 or num_frames % ratio != 1 or height % multiple or width % multiple:
+        allowed = f"{ratio} * k + 1 frames, height and width multiples of {multiple}, all videos of one shape"
+        raise ValueError(f"`video` has shape {sorted(shapes)}, frames first; it must have {allowed}.")
+    return len(inputs["video"]), num_frames // ratio + 1, height, width
+
+
+def count_videos(num_videos: int, num_prompts: int) -> int:
+    """How many videos come out: one for each given or each prompt; `ValueError` if these do not go together."""
+    batch_size = max(num_videos, num_prompts)
+    if num_videos not in (1, batch_size) or batch_size % num_prompts:
+        allowed = "one of these numbers must be 1, or the prompts divide the videos"
+        raise ValueError(f"`prompt` has {num_prompts} items for {num_videos} videos; {allowed}.")
+    return batch_size
+
+
+def check_upscale(pipe: Any, inputs: Inputs, num_prompts: int) -> int:
+    """Checks what is upscaled to `height` and `width`, and what goes with it; returns how many videos a prompt has."""
+    num_videos, latent_frames, *source = check_source(pipe, inputs)
+    height, width, audio_latents = inputs["height"], inputs["width"], inputs["audio_latents"]
+    if height < source[0] or width < source[1]:
+        allowed = f"not be less than those of what is upscaled, {source[0]} and {source[1]}"
+        raise ValueError(f"`height`={height} and `width`={width} must {allowed}.")
+    batch_size = count_videos(num_videos, num_prompts)
+    longest = latent_frames * pipe.vae_scale_factor_temporal
+    num_frames = longest - pipe.vae_scale_factor_temporal + 1
+    shape, audio_shape = latent_shapes(pipe, batch_size, num_frames, height, width)
+    image_shape = (None, shape[1], 1, *shape[3:])
+    check_tensors(inputs, image_latents=image_shape, audio_latents=(None, None, audio_shape[2]))
+    if audio_latents is not None and not num_frames <= audio_latents.shape[1] <= longest:
+        allowed = f"{latent_frames} latent frames of video last {num_frames} to {longest}"
+        raise ValueError(f"`audio_latents` has length {audio_latents.shape[1]}, but {allowed}.")
+    items = ("image", "audio", "image_latents", "audio_latents")
+    check_lengths(pipe, inputs, *items, num_prompts=num_prompts, batch_size=batch_size)
+    return batch_size // num_prompts
+
+
+def prepare_upscale_latents(
+    pipe: Any,
+    latents: Tensor,
+    audio_latents: Tensor | None,
+    height: int,
+    width: int,
+    noise_level: int,
+    audio_noise_scale: float,
+    generator: Generators,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width`
+    in pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the
+    video's drawn before the audio's as the original does. See the call for `noise_level`, an index into
+    [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise. Returns
+    float32 latents of the video in high resolution, and of the audio that the transformer sees."""
+    check_tensor("latents", latents, (None, pipe.transformer.config.in_channels, None, None, None))
+    check_numbers(locals())
+    check_generators(generator, len(latents), device)
+    num_frames = (latents.shape[2] - 1) * pipe.vae_scale_factor_temporal + 1
+    shape, audio_shape = latent_shapes(pipe, len(latents), num_frames, height, width)
+    check_tensors(locals(), audio_latents=(len(latents), None, audio_shape[2]))
+    latents = latents.to(device, torch.float32)
+    latents = F.interpolate(latents, size=shape[2:], mode="trilinear", align_corners=True)
+    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    scale = zero_snr_signal_scales()[noise_level]
+    latents = latents * scale + noise * (1 - scale**2).sqrt()
+
+    audio_shape = audio_shape if audio_latents is None else audio_latents.shape
+    noise = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
+    if audio_latents is None:
+        return latents, noise
+    audio_latents = audio_latents.to(device, torch.float32)
+    return latents, noise * audio_noise_scale + audio_latents * (1 - audio_noise_scale)
 
 
 class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
@@ -67,84 +182,22 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         default_height: int = 1088,
         default_width: int = 1920,
     ) -> None:
+        check_numbers(locals())
+        super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
         if transformer is not None and transformer.config.coordinate_style != "v1":
             style = transformer.config.coordinate_style
             raise ValueError(f"`transformer` has `coordinate_style`={style!r}; one for super-resolution has 'v1'.")
-        super().__init__(tokenizer, text_encoder, transformer, scheduler, vae, audio_vae)
         self.register_to_config(default_height=default_height, default_width=default_width)
 
     def check_inputs(self, inputs: Inputs) -> int:
         """Checks all arguments, see [`MagiHumanPipeline.check_inputs`]. Returns how many videos a prompt has."""
-        check_forms(inputs, "latents", "video", is_needed=True)
         check_forms(inputs, "audio", "audio_latents")
         has_audio = inputs["audio"] is not None or inputs["audio_latents"] is not None
-        num_prompts = super().check_inputs(inputs, has_audio)
-        num_videos, latent_frames, *source = self._check_source(inputs)
-        height, width, audio_latents = inputs["height"], inputs["width"], inputs["audio_latents"]
-        if height < source[0] or width < source[1]:
-            allowed = f"not be less than those of what is upscaled, {source[0]} and {source[1]}"
-            raise ValueError(f"`height`={height} and `width`={width} must {allowed}.")
-        batch_size = max(num_videos, num_prompts)
-        if num_videos not in (1, batch_size) or batch_size % num_prompts:
-            allowed = "one of these numbers must be 1, or the prompts divide the videos"
-            raise ValueError(f"`prompt` has {num_prompts} items for {num_videos} videos; {allowed}.")
-        longest = latent_frames * self.vae_scale_factor_temporal
-        num_frames = longest - self.vae_scale_factor_temporal + 1
-        shape, audio_shape = self.latent_shapes(batch_size, num_frames, height, width)
-        check_tensor(inputs, "image_latents", (None, shape[1], 1, *shape[3:]))
-        check_tensor(inputs, "audio_latents", (None, None, audio_shape[2]))
-        if audio_latents is not None and not num_frames <= audio_latents.shape[1] <= longest:
-            allowed = f"{latent_frames} latent frames of video last {num_frames} to {longest}"
-            raise ValueError(f"`audio_latents` has length {audio_latents.shape[1]}, but {allowed}.")
-        items = ("image", "audio", "image_latents", "audio_latents")
-        check_lengths(inputs, *items, num_prompts=num_prompts, batch_size=batch_size)
-        return batch_size // num_prompts
+        return check_upscale(self, inputs, super().check_inputs(inputs, has_audio))
 
-    def _check_source(self, inputs: Inputs) -> tuple[int, int, int, int]:
-        """Checks what is to be upscaled; returns the number of videos, of their latent frames, and their size."""
-        ratio, multiple = self.vae_scale_factor_temporal, self.vae_scale_factor_spatial
-        if inputs["latents"] is not None:
-            check_tensor(inputs, "latents", (None, self.transformer.config.in_channels, None, None, None))
-            num_videos, _, latent_frames, height, width = inputs["latents"].shape
-            return num_videos, latent_frames, height * multiple, width * multiple
-        shapes = {tuple(video.shape) for video in inputs["video"]}
-        num_frames, _, height, width = next(iter(shapes))
-        if len(shapes) > 1 or num_frames % ratio != 1 or height % multiple or width % multiple:
-            allowed = f"{ratio} * k + 1 frames, height and width multiples of {multiple}, all videos of one shape"
-            raise ValueError(f"`video` has shape {sorted(shapes)}, frames first; it must have {allowed}.")
-        return len(inputs["video"]), num_frames // ratio + 1, height, width
+    prepare_latents = prepare_upscale_latents
 
-    def prepare_latents(
-        self,
-        latents: Tensor,
-        audio_latents: Tensor | None,
-        height: int,
-        width: int,
-        noise_level: int,
-        audio_noise_scale: float,
-        generator: Generators,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor]:
-        """Resizes latents `(batch_size, channels, latent_frames, latent_height, latent_width)` to `height` and `width`
-        in pixels and mixes them, and those of the audio `(batch_size, audio_length, channels)`, with noise, the
-        video's drawn before the audio's as the original does. See the call for `noise_level`, an index into
-        [`zero_snr_signal_scales`], and `audio_noise_scale`; without audio its latents are nothing but noise. Returns
-        float32 latents of the video in high resolution, and of the audio that the transformer sees."""
-        num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
-        shape, audio_shape = self.latent_shapes(len(latents), num_frames, height, width)
-        latents = latents.to(device, torch.float32)
-        latents = F.interpolate(latents, size=shape[2:], mode="trilinear", align_corners=True)
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        scale = zero_snr_signal_scales()[noise_level]
-        latents = latents * scale + noise * (1 - scale**2).sqrt()
-
-        audio_shape = audio_shape if audio_latents is None else audio_latents.shape
-        noise = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
-        if audio_latents is None:
-            return latents, noise
-        audio_latents = audio_latents.to(device, torch.float32)
-        return latents, noise * audio_noise_scale + audio_latents * (1 - audio_noise_scale)
-
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -196,7 +249,9 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
                 `audio`, also one for all. Without either the video is upscaled without audio.
             image_latents (`torch.Tensor` of shape `(num_items, channels, 1, height / 16, width / 16)`, *optional*):
                 Normalised latents in place of `image`.
-            height, width (`int`, *optional*): Size in pixels, multiples of 32, at least the video's; by default saved.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32, at least the video's, at most 8192.
+                What is left out keeps the aspect of the video, in about the area of the saved size, see
+                [`default_size`]; a video of another aspect than both is stretched.
             num_inference_steps (`int`, defaults to 5): Number of steps.
             guidance_scale (`float`, defaults to 1.0): Guidance, off at 1; the original uses 3.5 where it is on.
             leading_guidance_scale (`float`, defaults to 2.0): Guidance of the first `num_leading_frames` latent
@@ -223,7 +278,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             >>> from diffusers import DiffusionPipeline
             >>> from diffusers_magihuman import export_to_mp4
             >>> dtype = {"default": torch.bfloat16, "audio_vae": torch.float32}
-            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distill", dtype=dtype)
+            >>> pipe = DiffusionPipeline.from_pretrained("owner/magihuman-distilled", dtype=dtype)
             >>> pipe.enable_model_cpu_offload()
             >>> low = pipe(prompt, output_type="latent")
             >>> upscale = DiffusionPipeline.from_pretrained("owner/magihuman-sr-1080p", dtype=dtype)
@@ -241,32 +296,28 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
             `OSError`: `video`, `image` or `audio` cannot be read.
         """
         # 1. Fill in defaults and read files
-        height = self.config.default_height if height is None else height
-        width = self.config.default_width if width is None else width
+        inputs = dict(locals())
         self._guidance_scale = guidance_scale
         self._attention_kwargs, self._current_timestep, self._interrupt = attention_kwargs, None, False
         videos = None if video is None else load_videos(video, FRAME_RATE)
         images = None if image is None else load_images(image)
         if audio is not None:
             audio, passed_audio = load_audios(audio, self.audio_vae_sampling_rate, self.audio_sampling_rate)
+        inputs |= {"video": videos, "image": images, "audio": audio}
+        *_, source_height, source_width = check_source(self, inputs)
+        default = self.config.default_height, self.config.default_width
+        height, width = default_size((source_height, source_width), default, height, width)
 
         # 2. Check everything before a model runs
         # A callback of Diffusers names its tensors itself.
         step_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        prompts = {"prompt": prompt, "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask}
-        prompts |= {"negative_prompt": negative_prompt, "negative_prompt_embeds_mask": negative_prompt_embeds_mask}
-        prompts |= {"negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length}
-        inputs = prompts | {"video": videos, "image": images, "audio": audio, "latents": latents}
-        inputs |= {"audio_latents": audio_latents, "image_latents": image_latents, "generator": generator}
-        inputs |= {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-        inputs |= {"leading_guidance_scale": leading_guidance_scale, "num_leading_frames": num_leading_frames}
-        inputs |= {"noise_level": noise_level, "audio_noise_scale": audio_noise_scale}
-        inputs |= {"output_type": output_type, "callback_on_step_end_tensor_inputs": step_inputs}
-        prompts["num_videos_per_prompt"] = self.check_inputs(inputs)
+        inputs |= {"height": height, "width": width, "callback_on_step_end_tensor_inputs": step_inputs}
+        inputs["num_videos_per_prompt"] = self.check_inputs(inputs)
         device = self._execution_device
 
         # 3. Encode the text
         is_guided = self.do_classifier_free_guidance
+        prompts = {name: inputs[name] for name in inspect.signature(self.encode_prompt).parameters if name in inputs}
         text = self.encode_prompt(**prompts, do_classifier_free_guidance=is_guided, device=device)
 
         # 4. Encode the video, its first frame and its audio
@@ -290,9 +341,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
 
         # 6. Denoise the video; the noisy audio stays as it is
         def guidance_at(_timestep: Tensor) -> Tensor:
-            scale = latents.new_full((1, 1, latents.shape[2], 1, 1), self.guidance_scale)
-            scale[:, :, :num_leading_frames].clamp_(max=leading_guidance_scale)
-            return scale
+            return leading_scales(latents, self.guidance_scale, leading_guidance_scale, num_leading_frames)
 
         options = {"image_latents": image_latents, "moves_audio": False}
         on_step_end = callback_on_step_end, step_inputs
@@ -305,10 +354,7 @@ class MagiHumanLatentUpscalePipeline(MagiHumanPipeline):
         if output_type != "latent":
             frames = self.decode_latents(latents, output_type)
             if audio is not None:
-                # At the rate of the output itself, of the length that decoding would give it.
-                num_samples = num_frames * self.audio_sampling_rate // FRAME_RATE
-                passed = torch.stack([fit_audio(item, num_samples) for item in repeat(passed_audio, batch_size)])
-                output_audio = passed if output_type == "pt" else passed.numpy()
+                output_audio = pass_audio(self, passed_audio, batch_size, num_frames, output_type)
             elif audio_latents is not None:
                 output_audio = self.decode_audio(audio_latents.to(device), output_type)
         self.maybe_free_model_hooks()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
+from .checks import check_choice, check_integer, check_mask, check_real, check_same_shapes, check_tensor
 from .transformer_magihuman import MagiHumanTransformer3DModel
 
 
@@ -33,15 +34,24 @@ def sample_noise_levels(
 
     `weighting` is `"logit_normal"`, the logistic function of a normal variable
     ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206)), or `"uniform"`; `shift` is towards noise, as the
-    scheduler's `flow_shift`, 1 for none. A `generator`, on the same `device`, makes the draw deterministic.
+    scheduler's `flow_shift`, 0.001 to 1000, 1 for none. A `generator`, on this `device`, makes the draw deterministic.
     """
-    if weighting not in ("logit_normal", "uniform"):
-        raise ValueError(f"`weighting`={weighting!r} must be 'logit_normal' or 'uniform'.")
-    if shift <= 0:
-        raise ValueError(f"`shift`={shift} must be positive.")
+    check_integer("batch_size", batch_size, 1, 2**20)
+    check_choice("weighting", weighting, "logit_normal", "uniform")
+    check_real("shift", shift, 1e-3, 1e3)
     options = {"logit_mean": 0.0, "logit_std": 1.0, "device": device, "generator": generator}
     levels = compute_density_for_timestep_sampling(weighting, batch_size, **options)
     return shift * levels / (1 + (shift - 1) * levels)
+
+
+def check_batch(latents: Tensor, audio: Tensor, embeds: Tensor, mask: Tensor | None, noise_levels: Tensor) -> None:
+    """What the losses train on: finite, and of one batch size."""
+    check_tensor("latents", latents, [None] * 5)
+    check_tensor("audio_latents", audio, (len(latents), None, None))
+    check_tensor("prompt_embeds", embeds, (len(latents), None, None))
+    if mask is not None:
+        check_mask("prompt_embeds_mask", mask, embeds.shape[:2])
+    check_tensor("noise_levels", noise_levels, [len(latents)], low=0, high=1)
 
 
 def expand_as(values: Tensor, states: Tensor) -> Tensor:
@@ -49,14 +59,24 @@ def expand_as(values: Tensor, states: Tensor) -> Tensor:
     return values.view(-1, *[1] * (states.ndim - 1))
 
 
-def add_noise(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
-    """Mixes latents with noise on a straight line, `(1 - level) * latents + level * noise`."""
+def mix(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
+    """[`add_noise`] of what is checked already; checks wait for the device."""
     levels = expand_as(noise_levels, latents)
     return (1 - levels) * latents + levels * noise
 
 
+def add_noise(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
+    """Mixes latents with noise on a straight line, `(1 - level) * latents + level * noise`; levels `(batch_size,)`
+    in [0, 1]."""
+    check_same_shapes(has_data=False, latents=latents, noise=noise)
+    check_tensor("noise_levels", noise_levels, [len(latents)], low=0, high=1)
+    return mix(latents, noise, noise_levels)
+
+
 def predict_clean(noisy: Tensor, velocity: Tensor, noise_levels: Tensor) -> Tensor:
     """Follows the velocity from noisy latents to clean ones, `noisy - level * velocity`."""
+    check_same_shapes(has_data=False, noisy=noisy, velocity=velocity)
+    check_tensor("noise_levels", noise_levels, [len(noisy)], low=0, high=1)
     return noisy - expand_as(noise_levels, noisy) * velocity
 
 
@@ -71,6 +91,10 @@ def drop_text(
     guidance needs. Takes embeddings `(batch_size, length, channels)`, padded at the end, their mask, true for real
     tokens, and negative ones `(1, negative_length, channels)`, unpadded. Returns embeddings and mask, padded to the
     longer of the two lengths; a `generator` makes the draw deterministic."""
+    check_tensor("prompt_embeds", prompt_embeds, (None, None, None))
+    check_mask("prompt_embeds_mask", prompt_embeds_mask, prompt_embeds.shape[:2])
+    check_tensor("negative_prompt_embeds", negative_prompt_embeds, (1, None, prompt_embeds.shape[2]))
+    check_real("probability", probability, 0.0, 1.0)
     negative_length, (batch_size, length, _) = negative_prompt_embeds.shape[1], prompt_embeds.shape
     missing = max(negative_length - length, 0)
     prompt_embeds, mask = F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_embeds_mask, (0, missing))
@@ -108,16 +132,30 @@ def flow_matching_loss(
         image_probability, audio_probability (`float` or `torch.Tensor` of shape `(batch_size,)`, defaults to 0.0):
             How often the first frame or the audio is given, for all samples or for each.
         latent_weights (`torch.Tensor`, *optional*): How much each position of the video counts, relative to the
-            others, such as lips to the rest of a picture; it broadcasts to the latents.
+            others, such as lips to the rest of a picture; 0 or more, and it broadcasts to the latents.
         generator (`torch.Generator`, *optional*): Draws the noise and what is given; on the device of the latents.
+
+    `ValueError`: a number is negative or, of a probability or level, above 1; a tensor is not finite or does not fit.
     """
+    check_batch(latents, audio_latents, prompt_embeds, prompt_embeds_mask, noise_levels)
+    check_real("video_weight", video_weight, 0.0)
+    check_real("audio_weight", audio_weight, 0.0)
+    for name, probability in (("image_probability", image_probability), ("audio_probability", audio_probability)):
+        if isinstance(probability, Tensor):
+            check_tensor(name, probability, [len(latents)], low=0, high=1)
+        else:
+            check_real(name, probability, 0.0, 1.0)
+    if latent_weights is not None:
+        sizes = zip(reversed(getattr(latent_weights, "shape", ())), reversed(latents.shape), strict=False)
+        allowed = [1 if size == 1 else full for size, full in sizes][::-1]
+        check_tensor("latent_weights", latent_weights, allowed, low=0, mask=True)
     draw = {"generator": generator, "device": latents.device}
     noise, audio_noise = (torch.randn(states.shape, **draw) for states in (latents, audio_latents))
     learns_frame = torch.ones_like(latents[:, :1, :, :1, :1], dtype=torch.bool)
     learns_frame[:, 0, 0] = (torch.rand(len(latents), **draw) >= image_probability)[:, None, None]
     learns_audio = (torch.rand(len(latents), **draw) >= audio_probability)[:, None, None]
-    noisy = torch.where(learns_frame, add_noise(latents, noise, noise_levels), latents)
-    noisy_audio = torch.where(learns_audio, add_noise(audio_latents, audio_noise, noise_levels), audio_latents)
+    noisy = torch.where(learns_frame, mix(latents, noise, noise_levels), latents)
+    noisy_audio = torch.where(learns_audio, mix(audio_latents, audio_noise, noise_levels), audio_latents)
     velocity, audio_velocity = transformer(noisy, noisy_audio, prompt_embeds, prompt_embeds_mask, return_dict=False)
     weights = learns_frame if latent_weights is None else learns_frame * latent_weights
     video_loss = masked_mean((velocity - (noise - latents)).square(), weights)
@@ -144,7 +182,9 @@ def upscale_loss(
     """Loss of the velocity from latents in high resolution to what the upscale pipeline starts from in place of noise:
     `low_latents`, resized and noisy, of the shape of `latents`, with noisy `audio_latents`, both as
     [`~MagiHumanLatentUpscalePipeline.prepare_latents`] gives them. All else is that of [`flow_matching_loss`]."""
-    noisy = add_noise(latents, low_latents, noise_levels)
+    check_batch(latents, audio_latents, prompt_embeds, prompt_embeds_mask, noise_levels)
+    check_tensor("low_latents", low_latents, latents.shape)
+    noisy = mix(latents, low_latents, noise_levels)
     velocity, _ = transformer(noisy, audio_latents, prompt_embeds, prompt_embeds_mask, return_dict=False)
     return F.mse_loss(velocity, low_latents - latents)
 
@@ -158,7 +198,8 @@ def distribution_matching_loss(generated: Tensor, real_prediction: Tensor, fake_
     teacher, with guidance, predicts from them with noise added, see [`predict_clean`]; `fake_prediction` those that a
     model of the student's output predicts, trained beside it with [`flow_matching_loss`] on what it generates.
     """
+    check_same_shapes(generated=generated, real_prediction=real_prediction, fake_prediction=fake_prediction)
     with torch.no_grad():
-        distance = (generated - real_prediction).abs().flatten(1).mean(dim=1).clamp(min=1e-6)
+        distance = (generated - real_prediction).abs().reshape(len(generated), -1).mean(dim=1).clamp(min=1e-6)
         gradient = (fake_prediction - real_prediction) / expand_as(distance, generated)
     return 0.5 * F.mse_loss(generated, (generated - gradient).detach())

@@ -10,24 +10,26 @@ Notable features:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import Tensor, nn
 
-from .caches import MagiHumanCacheMixin, register_block
-from .conversion import EXPERTS
+from .caches import MagiHumanCacheMixin, register_block, register_processor
+from .checks import check_choice, check_integer, check_list, check_mask, check_real, check_tensor
+from .conversion import EXPERTS, FEED_FORWARD_MULTIPLE, MAX_FEED_FORWARD_MULTIPLE, feed_forward_size
 from .parallel import MagiHumanParallelMixin, gather_heads, gather_sequence, pad_to_multiple, to_shards, ulysses_group
 from .single_file import MagiHumanSingleFileMixin
+from .weights import MagiHumanAdapterMixin, check_is_in_memory, give_zero_rows_a_direction, guarded
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,6 +39,37 @@ RotaryEmb = tuple[Tensor, Tensor]  # cosine and sine
 
 # Small, and what the latents and the text pass through: no quantiser may touch them.
 QUANTIZATION_SKIP_MODULES = ["video_embedder", "audio_embedder", "text_embedder", "video_proj_out", "audio_proj_out"]
+
+MAX_PARAMETERS = 10**11  # the published model has 15.3 billion
+
+
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with Python's own numbers; `ValueError` for what is no architecture, or too large a one."""
+    limits = dict.fromkeys(("in_channels", "audio_in_channels", "text_in_channels"), 2**16)
+    limits |= dict.fromkeys(("num_layers", "num_attention_heads", "num_key_value_heads", "attention_head_dim"), 1024)
+    limits["feed_forward_multiple"] = MAX_FEED_FORWARD_MULTIPLE
+    sizes = {name: check_integer(name, config[name], 1, high) for name, high in limits.items()}
+    *channels, num_layers, heads, kv_heads, head_dim, multiple = sizes.values()
+    checked = sizes | {"patch_size": check_list("patch_size", config["patch_size"], [3], check_integer, 1, 64)}
+    for name in ("modality_layers", "gelu_layers", "post_norm_layers", "local_attention_layers"):
+        checked[name] = check_list(name, config[name], None, check_integer, 0, num_layers - 1)
+    checked["gated_attention"] = check_choice("gated_attention", config["gated_attention"], True, False)
+    checked["rope_theta"] = check_real("rope_theta", config["rope_theta"], 1.0, 1e9)
+    check_choice("coordinate_style", config["coordinate_style"], "v1", "v2")
+    frames = check_integer("local_attention_frames", config["local_attention_frames"], 0, 2**20)
+    checked |= {"local_attention_frames": frames, "norm_eps": check_real("norm_eps", config["norm_eps"], 1e-12, 1.0)}
+    if heads % kv_heads:
+        raise ValueError(f"`num_attention_heads`={heads} must be a multiple of `num_key_value_heads`={kv_heads}.")
+    if head_dim % 8:
+        raise ValueError(f"`attention_head_dim`={head_dim} must be a multiple of 8.")
+    hidden_size, num_experts = heads * head_dim, num_layers + 2 * len(set(config["modality_layers"]))
+    inner_sizes = [feed_forward_size(hidden_size, is_gelu, multiple) for is_gelu in (False, True)]
+    num_rows = num_experts * (max(3 * inner_sizes[0], 2 * inner_sizes[1]) + 2 * (heads + kv_heads) * head_dim)
+    num_rows += math.prod(config["patch_size"]) * sum(channels)
+    if (num_parameters := num_rows * hidden_size) > MAX_PARAMETERS:
+        given = ", ".join(f"`{name}`={size}" for name, size in sizes.items())
+        raise ValueError(f"{given} give {num_parameters:.1e} parameters, more than {MAX_PARAMETERS:.0e}.")
+    return checked
 
 
 @dataclass
@@ -161,16 +194,37 @@ class MagiHumanRotaryPosEmbed(nn.Module):
         return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
+def multiply(states: Tensor, factor: Tensor) -> Tensor:
+    """The product, written over `states`, so rounded to their dtype, unless autograd may need them."""
+    return states * factor if torch.is_grad_enabled() else states.mul_(factor)
+
+
 def apply_rotary_emb(hidden_states: Tensor, rotary_emb: RotaryEmb) -> Tensor:
-    """Rotates the leading channels of every head in two halves; `(batch_size, sequence_length, heads, head_dim)`."""
+    """Rotates the leading channels of every head in two halves; `(batch_size, sequence_length, heads, head_dim)`.
+    Without autograd it writes over its input."""
     cos, sin = rotary_emb
     half = cos.shape[-1]
-    first, second, rest = hidden_states.split([half, half, hidden_states.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    if torch.is_grad_enabled():
+        first, second, rest = hidden_states.split([half, half, hidden_states.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    halves = hidden_states[..., : 2 * half].unflatten(-1, (2, half))
+    sines = halves * sin[..., None, :]
+    halves.mul_(cos[..., None, :])
+    halves[..., 0, :].sub_(sines[..., 1, :])
+    halves[..., 1, :].add_(sines[..., 0, :])
+    return hidden_states
 
 
+# Backends that want as many key and value heads as query heads.
+UNGROUPED_BACKENDS = ("_native_efficient", "_native_npu", "_native_xla", "sage_blackwell_hub", "xformers")
+
+
+@register_processor
 class MagiHumanAttnProcessor:
-    """Gated grouped-query self-attention, over the whole sequence or local to the neighbouring video frames."""
+    """Gated grouped-query self-attention, over the whole sequence or local to the neighbouring video frames.
+
+    Without autograd what `norm_q`, `norm_k` and `to_v` give is written over: a hook that keeps it must copy it.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -192,11 +246,6 @@ class MagiHumanAttnProcessor:
         if group is not None:
             query, key, value = (gather_sequence(x, layout.modality_lengths, group) for x in (query, key, value))
 
-        # Few backends group key and value heads themselves, so they are repeated here.
-        num_groups = query.shape[2] // key.shape[2]
-        key = key.repeat_interleave(num_groups, dim=2)
-        value = value.repeat_interleave(num_groups, dim=2)
-
         if attn.local_attention_frames is None:
             attn_output = self._attend(query, key, value, attention_mask)
         else:
@@ -205,18 +254,29 @@ class MagiHumanAttnProcessor:
         if group is not None:
             attn_output = gather_heads(attn_output, layout.modality_lengths, group)
         if attn.is_gated:
-            attn_output = attn_output * gate.float().sigmoid()[..., None]
+            attn_output = multiply(attn_output, gate.float().sigmoid()[..., None])
         attn_output = layout.split(attn_output.flatten(2).to(hidden_states.dtype), len(experts))
         return join([expert.to_out(part) for expert, part in zip(experts, attn_output, strict=True)])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is not None:
-            # Diffusers adds a boolean mask of four dimensions to xformers' scores. Goes, with the private name, once
-            # `_xformers_attention` converts it as it does one of two dimensions.
-            backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-            if backend == AttentionBackendName.XFORMERS:
-                attention_mask = attention_mask[:, 0, 0]
-        return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
+        # Private until Diffusers says in public which backend is active, and which of them group heads.
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if backend == AttentionBackendName.XFORMERS and attention_mask is not None:
+            # Diffusers adds a boolean mask of four dimensions to xformers' scores. Goes once `_xformers_attention`
+            # converts it as it does one of two dimensions.
+            attention_mask = attention_mask[:, 0, 0]
+        # Of PyTorch's kernels for accelerators only those group heads that take neither masks nor float32; the one
+        # that is left to choose would hold the whole matrix of scores.
+        is_ungrouped = backend == AttentionBackendName.NATIVE and query.device.type not in ("cpu", "meta")
+        is_ungrouped &= attention_mask is not None or query.dtype == torch.float32
+        if is_ungrouped or backend in UNGROUPED_BACKENDS:
+            num_groups = query.shape[2] // key.shape[2]
+            key, value = (states.repeat_interleave(num_groups, dim=2) for states in (key, value))
+        kwargs = {"attn_mask": attention_mask, "enable_gqa": key.shape[2] != query.shape[2]}
+        output = dispatch_attention_fn(query, key, value, **kwargs, backend=self._attention_backend)
+        # Perturbed attention guidance has the values in place of attention, which have fewer heads.
+        is_perturbed = output.shape[2] != query.shape[2]
+        return output.repeat_interleave(query.shape[2] // output.shape[2], dim=2) if is_perturbed else output
 
     def _attend_locally(
         self,
@@ -229,28 +289,38 @@ class MagiHumanAttnProcessor:
     ) -> Tensor:
         """A frame sees the frames up to `num_neighbours` away, all audio and all text; audio and text see everything.
 
-        One softmax over concatenated keys for each frame needs no mask, so every backend can serve it. Frames whose
-        neighbours are the same, as all are in a short video, go together.
+        One softmax over the keys of each frame needs no mask, so every backend can serve it. Frames whose neighbours
+        are the same, as all are in a short video, go together. Without autograd, key and value are written over.
         """
+        frame_length, video_length = layout.frame_length, layout.video_length
+        outputs = [self._attend(query[:, video_length:], key, value, attention_mask)]
+        # From the last frame to the first, so that what lies behind a window is not needed again: audio and text are
+        # put there, and no window is copied. In compiled code that might be a copy of all keys and values each time.
+        is_copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        rests = [states[:, video_length:].clone() for states in (key, value)]
 
-        def window(states: Tensor, start: int, end: int, dim: int = 1) -> Tensor:
-            if start == 0 and end == layout.num_frames:
-                return states
-            video = states.narrow(dim, start * layout.frame_length, (end - start) * layout.frame_length)
-            rest = states.narrow(dim, layout.video_length, states.shape[dim] - layout.video_length)
-            return torch.cat([video, rest], dim=dim)
+        def window(states: Tensor, rest: Tensor, start: int, end: int) -> Tensor:
+            if end == video_length:
+                return states[:, start:]
+            if is_copied:
+                return torch.cat([states[:, start:end], rest], dim=1)
+            states[:, end : end + rest.shape[1]] = rest
+            return states[:, start : end + rest.shape[1]]
 
-        # A loop up to the number of frames, so that a compiled graph need not fix it while every frame sees all.
-        outputs, first = [], 0
-        while first < layout.num_frames:
-            start, end = max(first - num_neighbours, 0), min(first + num_neighbours + 1, layout.num_frames)
-            last = min(num_neighbours + 1, layout.num_frames) if end - start == layout.num_frames else first + 1
-            frame_query = query.narrow(1, first * layout.frame_length, (last - first) * layout.frame_length)
-            frame_mask = None if attention_mask is None else window(attention_mask, start, end, dim=-1)
-            outputs.append(self._attend(frame_query, window(key, start, end), window(value, start, end), frame_mask))
-            first = last
-        outputs.append(self._attend(query[:, layout.video_length :], key, value, attention_mask))
-        return torch.cat(outputs, dim=1)
+        # A loop down from the number of frames, so that a compiled graph need not fix it while every frame sees all.
+        last = layout.num_frames
+        while last > 0:
+            start, end = max(last - 1 - num_neighbours, 0), min(last + num_neighbours, layout.num_frames)
+            first = max(layout.num_frames - 1 - num_neighbours, 0) if end - start == layout.num_frames else last - 1
+            start, end = start * frame_length, end * frame_length
+            frame_query = query[:, first * frame_length : last * frame_length]
+            frame_mask = attention_mask
+            if attention_mask is not None:
+                frame_mask = torch.cat([attention_mask[..., start:end], attention_mask[..., video_length:]], dim=-1)
+            frame_key, frame_value = window(key, rests[0], start, end), window(value, rests[1], start, end)
+            outputs.append(self._attend(frame_query, frame_key, frame_value, frame_mask))
+            last = first
+        return torch.cat(outputs[::-1], dim=1)
 
 
 def drop_fused_projections(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
@@ -273,7 +343,7 @@ class MagiHumanProjections(nn.Module):
         super().__init__()
         query_dim, key_value_dim = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.head_dim = head_dim
-        self.projection_dims = (query_dim, key_value_dim, key_value_dim, num_attention_heads if is_gated else 0)
+        self.projection_dims = (query_dim, key_value_dim, key_value_dim)
         self.to_q = nn.Linear(hidden_size, query_dim, bias=False)
         self.to_k = nn.Linear(hidden_size, key_value_dim, bias=False)
         self.to_v = nn.Linear(hidden_size, key_value_dim, bias=False)
@@ -287,10 +357,10 @@ class MagiHumanProjections(nn.Module):
     def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key and value `(batch_size, length, heads, head_dim)`, gate `(batch_size, length, heads or 0)`."""
         if self.to_qkv is not None:
-            query, key, value, gate = self.to_qkv(hidden_states).split(self.projection_dims, dim=-1)
+            query, key, value = self.to_qkv(hidden_states).split(self.projection_dims, dim=-1)
         else:
             query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-            gate = hidden_states[..., :0] if self.to_gate is None else self.to_gate(hidden_states)
+        gate = hidden_states[..., :0] if self.to_gate is None else self.to_gate(hidden_states)
         query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
         # Norm and rotation are float32; only their result is rounded to the dtype of the values.
         query = apply_rotary_emb(self.norm_q(query), (cos, sin)).to(value.dtype)
@@ -299,8 +369,8 @@ class MagiHumanProjections(nn.Module):
 
     @torch.no_grad()
     def make_fused(self) -> nn.Linear:
-        """The linears of query, key, value and gate in one."""
-        linears = [self.to_q, self.to_k, self.to_v] + ([] if self.to_gate is None else [self.to_gate])
+        """The linears of query, key and value in one; with the rows of the gates, float8 would not take it."""
+        linears = [self.to_q, self.to_k, self.to_v]
         for linear in linears:
             if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
                 found = f"one is a {type(linear)} with a weight of {type(linear.weight)}"
@@ -321,6 +391,7 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
 
     _default_processor_cls = MagiHumanAttnProcessor
     _available_processors = [MagiHumanAttnProcessor]
+    is_cross_attention = False
 
     def __init__(self, per_modality: bool, local_attention_frames: int | None, **projections: Any) -> None:
         if per_modality:
@@ -339,7 +410,7 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
         return [getattr(self, name) for name in EXPERTS] if self.per_modality else [self]
 
     def fuse_projections(self) -> None:
-        """Joins query, key, value and gate in one linear `to_qkv`, which gives the same result."""
+        """Joins query, key and value in one linear `to_qkv`, which gives the same result."""
         for expert, fused in [(expert, expert.make_fused()) for expert in self.experts]:
             expert.to_qkv = fused
         self.fused_projections = True
@@ -355,39 +426,53 @@ class MagiHumanAttention(MagiHumanProjections, AttentionModuleMixin):
         return self.processor(self, hidden_states, rotary_emb, layout, attention_mask)
 
 
-def multiply(states: Tensor, factor: Tensor) -> Tensor:
-    """The product, written over `states` unless autograd may need them."""
-    return states * factor if torch.is_grad_enabled() else states.mul_(factor)
+def widen(states: Tensor) -> Tensor:
+    """Float32 for gradients, which add up there, or where nothing shorter is wanted; else as they are."""
+    return states.float() if torch.is_grad_enabled() or states.element_size() > 2 else states
 
 
 class ClampedGELU(nn.Module):
-    """`x * sigmoid(1.702 x)` of values cut at 7, in float32.
+    """`x * sigmoid(1.702 x)` of values cut at 7, in float32; without autograd the result has the dtype of the input.
 
     The wide activations of the feed-forward are the largest tensors of a block. Values are cut before they become
-    float32, which is the same in less memory, and without autograd a product takes the place of one of its factors.
+    float32, which is the same in less memory, and without autograd a product is written over one of its factors, the
+    last one over values that were cut.
     """
 
+    def gate(self, states: Tensor) -> Tensor:
+        """`sigmoid(1.702 x)`, float32, as a tensor of one dimension, unlike a number, makes its product."""
+        factor = torch.full((1,), 1.702, dtype=torch.float32, device=states.device)
+        return (states * factor).sigmoid_()
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states.clamp(max=7.0).float()
-        return multiply(hidden_states, (1.702 * hidden_states).sigmoid_())
+        hidden_states = widen(hidden_states.clamp(max=7.0))
+        return multiply(hidden_states, self.gate(hidden_states))
 
 
 class ClampedSwiGLU(ClampedGELU):
     """[`ClampedGELU`] of the first half of the channels times one plus the second half, which is cut at -7 and 7."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, linear = hidden_states.chunk(2, dim=-1)
-        gate = super().forward(gate)
-        return multiply(gate, linear.clamp(-7.0, 7.0).float().add_(1.0))
+        gated, linear = hidden_states.chunk(2, dim=-1)
+        gated = widen(gated.clamp(max=7.0))
+        gated = multiply(self.gate(gated), gated)
+        linear = widen(linear.clamp(-7.0, 7.0))
+        if linear.dtype == torch.float32:
+            return multiply(gated, linear.add_(1.0))
+        return torch.mul(gated, linear + torch.ones(1, dtype=torch.float32, device=linear.device), out=linear)
 
 
 class MagiHumanFeedForward(nn.Module):
-    """Two linears around [`ClampedGELU`] (inner size `4 * hidden_size`) or [`ClampedSwiGLU`] (two thirds of that)."""
+    """Two linears around [`ClampedGELU`] (inner size `4 * hidden_size`) or [`ClampedSwiGLU`] (two thirds of that).
 
-    def __init__(self, hidden_size: int, use_gelu: bool) -> None:
+    Channels that round the inner size up to a multiple are zero with the original's weights, and in training too.
+    """
+
+    def __init__(self, hidden_size: int, use_gelu: bool, multiple: int) -> None:
         super().__init__()
-        inner_size = hidden_size * 4 if use_gelu else int(hidden_size * 4 * 2 / 3) // 4 * 4
+        inner_size, self.unpadded_size = (feed_forward_size(hidden_size, use_gelu, each) for each in (multiple, 1))
         self.linear_in = nn.Linear(hidden_size, inner_size if use_gelu else 2 * inner_size, bias=False)
+        self.linear_in._tp_packed_col_blocks = [1] if use_gelu else [1, 1]  # Diffusers' name, for tensor parallelism
         self.act = ClampedGELU() if use_gelu else ClampedSwiGLU()
         self.linear_out = nn.Linear(inner_size, hidden_size, bias=False)
         self.chunk_size = None  # tokens at a time, or all of them
@@ -395,6 +480,11 @@ class MagiHumanFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         chunks = (hidden_states,) if self.chunk_size is None else hidden_states.split(self.chunk_size, dim=1)
         return join([self.linear_out(self.act(self.linear_in(chunk)).to(chunk.dtype)) for chunk in chunks])
+
+
+def pad_gradient(grad: Tensor, size: int) -> Tensor:
+    """Zeros beyond the first channels: DoRA's padding is nearly zero, which optimizers that scale gradients undo."""
+    return F.pad(grad[:, :size], (0, grad.shape[1] - size))
 
 
 @register_block
@@ -407,6 +497,7 @@ class MagiHumanTransformerBlock(nn.Module):
         use_gelu: bool,
         use_post_norm: bool,
         local_attention_frames: int | None,
+        feed_forward_multiple: int,
         **projections: Any,
     ) -> None:
         super().__init__()
@@ -420,7 +511,9 @@ class MagiHumanTransformerBlock(nn.Module):
         self.attn = MagiHumanAttention(per_modality, local_attention_frames, **projections)
         self.post_norm1 = make_experts(make_post_norm, per_modality)
         self.norm2 = make_experts(make_norm, per_modality)
-        self.ff = make_experts(lambda: MagiHumanFeedForward(hidden_size, use_gelu), per_modality)
+        self.ff = make_experts(
+            lambda: MagiHumanFeedForward(hidden_size, use_gelu, feed_forward_multiple), per_modality
+        )
         self.post_norm2 = make_experts(make_post_norm, per_modality)
 
     def forward(
@@ -450,10 +543,10 @@ class MagiHumanTransformerBlock(nn.Module):
 
 class MagiHumanTransformer3DModel(
     MagiHumanParallelMixin,
+    MagiHumanAdapterMixin,
     ModelMixin,
     ConfigMixin,
     AttentionMixin,
-    PeftAdapterMixin,
     MagiHumanSingleFileMixin,
     MagiHumanCacheMixin,
 ):
@@ -468,7 +561,8 @@ class MagiHumanTransformer3DModel(
             latents, of the audio latents and of the text embeddings.
         num_layers (`int`, defaults to 40): Number of blocks.
         num_attention_heads, num_key_value_heads (`int`, defaults to 40 and 8): Query heads, and key and value heads.
-        attention_head_dim (`int`, defaults to 128): Channels of a head; the hidden size is those of all query heads.
+        attention_head_dim (`int`, defaults to 128): Channels of a head, a multiple of 8; all query heads' together are
+            the hidden size.
         modality_layers (`tuple[int, ...]`): Blocks with their own linears and norms for each modality.
         gelu_layers (`tuple[int, ...]`): Blocks whose feed-forward is a clamped GELU instead of a clamped SwiGLU.
         post_norm_layers (`tuple[int, ...]`): Blocks that also normalise the outputs of attention and feed-forward.
@@ -479,6 +573,10 @@ class MagiHumanTransformer3DModel(
         local_attention_layers (`tuple[int, ...]`): Blocks in which a video token sees of the video only frames nearby.
         local_attention_frames (`int`, defaults to 11): Frames seen on either side in these blocks.
         norm_eps (`float`, defaults to 1e-6): Epsilon of every norm.
+        feed_forward_multiple (`int`, defaults to 128): To a multiple of it the inner size of every feed-forward is
+            rounded up, which the original's weights are given zeros for; 1 for the sizes as they are.
+
+    `ValueError`: a value is out of range, or the model has more than `MAX_PARAMETERS`, see [`check_config`].
     """
 
     _supports_gradient_checkpointing = True
@@ -508,14 +606,10 @@ class MagiHumanTransformer3DModel(
         local_attention_layers: tuple[int, ...] = (),
         local_attention_frames: int = 11,
         norm_eps: float = 1e-6,
+        feed_forward_multiple: int = FEED_FORWARD_MULTIPLE,
     ) -> None:
         super().__init__()
-        if num_attention_heads % num_key_value_heads != 0:
-            multiple = f"a multiple of `num_key_value_heads`={num_key_value_heads}"
-            raise ValueError(f"`num_attention_heads`={num_attention_heads} must be {multiple}.")
-        if coordinate_style not in ("v1", "v2"):
-            raise ValueError(f"`coordinate_style`={coordinate_style!r} must be 'v1' or 'v2'.")
-
+        self.register_to_config(**check_config(self.config))
         hidden_size = num_attention_heads * attention_head_dim
         video_token_size = in_channels * math.prod(patch_size)
         self.gradient_checkpointing = False
@@ -532,6 +626,7 @@ class MagiHumanTransformer3DModel(
             window = local_attention_frames if layer in local_attention_layers else None
             kind = {"per_modality": layer in modality_layers, "use_gelu": layer in gelu_layers}
             kind |= {"use_post_norm": layer in post_norm_layers, "local_attention_frames": window}
+            kind |= {"feed_forward_multiple": feed_forward_multiple}
             block = MagiHumanTransformerBlock(**kind, **heads, hidden_size=hidden_size, eps=norm_eps)
             self.transformer_blocks.append(block)
 
@@ -543,7 +638,6 @@ class MagiHumanTransformer3DModel(
         # Where the hooks of context parallelism sit: not on linears, which adapters wrap and unwrap.
         self.shard_tokens = nn.Identity()
         self.gather_tokens = nn.Identity()
-        self._tp_plan = self.make_tensor_parallel_plan()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -554,20 +648,27 @@ class MagiHumanTransformer3DModel(
         """Adds an adapter for training, see [`~loaders.PeftAdapterMixin.add_adapter`]. `target_modules=["to_q"]` means
         the query projections of every block, in sandwich blocks those of each modality, `"video.to_q"` one of them."""
         self.check_projections_are_unfused()
+        self.check_takes_lora()
         super().add_adapter(adapter_config, adapter_name)
+        give_zero_rows_a_direction(self)
+        with torch.no_grad():
+            for ff in self.feed_forwards:
+                if adapter_name in getattr(ff.linear_out, "lora_A", {}):  # else training would fill the padding
+                    weight, size = ff.linear_out.lora_A[adapter_name].weight, ff.unpadded_size
+                    weight[:, size:] = 0.0
+                    weight.register_hook(partial(pad_gradient, size=size))
+
+    fuse_qkv_projections = guarded(AttentionMixin.fuse_qkv_projections, check_is_in_memory)
 
     def check_projections_are_unfused(self) -> None:
         """Raises a `ValueError` after `fuse_qkv_projections`: `to_q`, its adapter or its shard would not be read."""
         if any(block.attn.fused_projections for block in self.transformer_blocks):
-            fix = "call `unfuse_qkv_projections()` first"
-            raise ValueError(f"Fused projections can neither have a LoRA nor be split: {fix}.")
+            raise ValueError("Fused projections take neither LoRA nor split: call `unfuse_qkv_projections()` first.")
 
     def enable_forward_chunking(self, chunk_size: int = 4096) -> None:
         """Runs the feed-forward of every block on `chunk_size` tokens, 1 or more, at a time: its wide activations are
         the largest tensors of a long or large video. The result differs by rounding at most."""
-        if chunk_size < 1:
-            raise ValueError(f"`chunk_size`={chunk_size} must be 1 or more.")
-        self._set_chunk_size(chunk_size)
+        self._set_chunk_size(check_integer("chunk_size", chunk_size))
 
     def disable_forward_chunking(self) -> None:
         """Undoes `enable_forward_chunking`."""
@@ -594,19 +695,24 @@ class MagiHumanTransformer3DModel(
                 latents; number of frames, height and width are multiples of `patch_size`.
             audio_hidden_states (`torch.Tensor` of shape `(batch_size, audio_length, audio_in_channels)`): Noisy audio.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, text_length, text_in_channels)`): Text.
-            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): Boolean, true for
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*): True, or 1, for
                 real tokens; padding may stand anywhere. Left out, all are real, and attention needs no mask.
             attention_kwargs (`dict`, *optional*): `scale` sets the scale of LoRA layers for this call.
             return_dict (`bool`, defaults to `True`): Whether to return a [`MagiHumanTransformer3DModelOutput`], or the
                 tuple of its two tensors.
 
-        `ValueError`: a shape does not fit the config.
+        `ValueError`: a tensor is not floating or does not fit the config, or a mask that is not boolean holds others
+        than 0 and 1, which compiled code does not look at.
         """
         layout = self._get_layout(hidden_states, audio_hidden_states, encoder_hidden_states)
         patch_size, dtype = self.config.patch_size, self.dtype
 
         attention_mask = None
         if encoder_attention_mask is not None:
+            is_bool = getattr(encoder_attention_mask, "dtype", None) == torch.bool
+            # Else no values are waited for, nor are there any.
+            has_data = not is_bool and not torch.compiler.is_compiling() and not hidden_states.is_meta
+            check_mask("encoder_attention_mask", encoder_attention_mask, encoder_hidden_states.shape[:2], has_data)
             # Padding goes to the end, where attention kernels for several lengths take it to be.
             order = encoder_attention_mask.int().argsort(dim=1, descending=True, stable=True)
             encoder_attention_mask = encoder_attention_mask.gather(1, order).bool()
@@ -650,19 +756,13 @@ class MagiHumanTransformer3DModel(
 
     def _get_layout(self, video: Tensor, audio: Tensor, text: Tensor) -> SequenceLayout:
         config = self.config
-        if video.ndim != 5 or video.shape[1] != config.in_channels:
-            shape = f"(batch_size, {config.in_channels}, num_frames, height, width)"
-            raise ValueError(f"`hidden_states` must have shape {shape}, but has {tuple(video.shape)}.")
+        check_tensor("hidden_states", video, (None, config.in_channels, None, None, None), has_data=False)
+        batch_size = video.shape[0]
         if any(size % patch for size, patch in zip(video.shape[2:], config.patch_size, strict=True)):
             sizes, multiples = tuple(video.shape[2:]), f"multiples of `patch_size`={tuple(config.patch_size)}"
             raise ValueError(f"Frames, height and width of `hidden_states`, {sizes}, must be {multiples}.")
-        for name, states, channels in (
-            ("audio_hidden_states", audio, config.audio_in_channels),
-            ("encoder_hidden_states", text, config.text_in_channels),
-        ):
-            if states.ndim != 3 or states.shape[0] != video.shape[0] or states.shape[2] != channels:
-                shape = f"({video.shape[0]}, length, {channels})"
-                raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(states.shape)}.")
+        check_tensor("audio_hidden_states", audio, (batch_size, None, config.audio_in_channels), has_data=False)
+        check_tensor("encoder_hidden_states", text, (batch_size, None, config.text_in_channels), has_data=False)
         if config.coordinate_style == "v1" and (text.shape[1] == 1 or (audio.shape[1] == 1 and video.shape[2] > 1)):
             raise ValueError(
                 f"`coordinate_style`='v1' stretches text and audio over the video, so each needs two tokens or more,"
