@@ -7,6 +7,7 @@ A directory that is there already is replaced, but for its model card.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoTokenizer, T5GemmaEncoderModel
+from words import VOCABULARY
 
 from diffusers_magihuman import (
     AutoencoderKLMagiHumanTurbo,
@@ -83,6 +85,8 @@ def main() -> None:
     shutil.rmtree(new, ignore_errors=True)
     for name, pipe in pipelines.items():
         pipe.save_pretrained(new / name)
+    words = dict.fromkeys(text.lower() for word in VOCABULARY for text in (word.spelling, word.romanised))
+    (new / "words.json").write_text(json.dumps([*words], ensure_ascii=False), encoding="utf-8")
 
     # 3. Replace what was there, but for the card
     for file in arguments.output.glob("*.md"):

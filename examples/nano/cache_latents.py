@@ -1,83 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes a dataset once, so that training a transformer need not encode it in every step.
+"""Draws clips and encodes them, so that training a transformer need do neither in every step.
 
-    python examples/nano/cache_latents.py --data data/128 --video-vae runs/video_vae --audio-vae runs/audio_vae \\
-        --output cache/128
+Latents of sound are those that the sound autoencoder learns to compute, `Speech.latents`, not what it computes.
+
+    python examples/nano/cache_latents.py --size 128 128 --frames 49 --clips 1000 --turbo-vae runs/turbo_vae \\
+        --output cache/128x128x49/0
+    python examples/nano/cache_latents.py --first 1000 ... --output cache/128x128x49/1000   # at the same time
 
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
-(clips x length x channels) and a copy of the dataset's `scenes.jsonl`. The latents are those of the projection and the
-analysis that the autoencoders' encoders learn, which take a tenth of the time.
+(clips x length x channels) and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip number i is
+`clips.make_clip(i)`. A folder appears when it is complete; frames and voices are on no disk.
 """
 
 import argparse
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import world
 from accelerate import Accelerator
-from make_dataset import load_dataset, load_scenes
+from clips import make_clip
+from prompts import Scene
 from recipe import to_tensor
-from train_audio_vae import Analysis, to_mono
-from train_video_vae import Projection
+from train_turbo_vae import encode
+from words import VOCABULARY
+
+from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 
 
 class Cache(NamedTuple):
-    """What `cache_latents.py` wrote."""
+    """What `cache_latents.py` wrote; the arrays stay on disk until they are indexed."""
 
     latents: np.ndarray
     audio_latents: np.ndarray
-    scenes: list[world.Scene]
+    scenes: list[Scene]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a transformer, for the video and the sound of a clip."""
+        return int(np.prod(self.latents.shape[2:])) + self.audio_latents.shape[1]
 
 
 def load_cache(folder: Path) -> Cache:
     """
-    Opens a cache; the arrays stay on disk until they are indexed.
+    Opens a cache.
 
     Raises:
         `OSError`: The folder is no finished cache.
     """
-    scenes = load_scenes(folder)
     latents, audio_latents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "audio_latents"))
+    lines = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
+    scenes = [Scene(**line | {"words": tuple(VOCABULARY[number] for number in line["words"])}) for line in lines]
     return Cache(latents, audio_latents, scenes)
+
+
+def choose_cache(caches: list[Cache], rng: np.random.Generator) -> int:
+    """Draws the number of a cache, in proportion to its clips."""
+    counts = np.array([len(cache.scenes) for cache in caches])
+    return int(rng.choice(len(caches), p=counts / counts.sum()))
+
+
+def read_clips(cache: Cache, clips: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of video and sound of these clips, float32."""
+    return tuple(
+        torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
+        for values in (cache.latents, cache.audio_latents)
+    )
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="dataset")
-    parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
-    parser.add_argument("--audio-vae", type=Path, required=True, help="output of train_audio_vae.py")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py")
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), help="width and height, default: 128 128")
+    parser.add_argument("--frames", type=int, default=49, help="of a clip, 4 * k + 1, default: %(default)s")
+    parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--first", type=int, default=0, help="number of the first clip, default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="default: no")
     arguments = parser.parse_args()
 
-    device = Accelerator().device
-    projection = Projection.load(arguments.video_vae / "projection.safetensors").to(device)
-    analysis = Analysis.load(arguments.audio_vae / "analysis.safetensors").to(device)
-    frames, voices, scenes = load_dataset(arguments.data)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    turbo_vae = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.turbo_vae / "vae").to(accelerator.device)
+    new = arguments.output.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     arrays = {}
-    for start in range(0, len(scenes), arguments.batch_size):
-        batch = slice(start, start + arguments.batch_size)
-        encoded = {
-            "latents": projection.encode(to_tensor(frames[batch]).to(device)),
-            "audio_latents": analysis.encode(to_mono(voices[batch]).to(device)).transpose(1, 2),
-        }
-        for name, values in encoded.items():
+    for start in range(0, arguments.clips, arguments.batch_size):
+        numbers = range(start, min(start + arguments.batch_size, arguments.clips))
+        clips = [make_clip(arguments.first + number, *arguments.size, arguments.frames) for number in numbers]
+        video = to_tensor(np.stack([clip.drawing.frames for clip in clips])).to(accelerator.device)
+        with accelerator.autocast():
+            latents = encode(turbo_vae, video)
+        audio_latents = np.stack([clip.speech.latents for clip in clips])
+        for name, values in (("latents", latents.float().cpu().numpy()), ("audio_latents", audio_latents)):
             if name not in arrays:
-                arrays[name] = np.lib.format.open_memmap(
-                    arguments.output / f"{name}.npy", "w+", np.float16, (len(scenes), *values.shape[1:])
-                )
-            arrays[name][batch] = values.cpu().numpy()
-        if start % (64 * arguments.batch_size) == 0:
-            print(json.dumps({"clips": start, "of": len(scenes)}), flush=True)
-    # The last file to be written is the one that `load_cache` opens first.
-    shutil.copyfile(arguments.data / "scenes.jsonl", arguments.output / "scenes.tmp")
-    (arguments.output / "scenes.tmp").replace(arguments.output / "scenes.jsonl")
+                shape = (arguments.clips, *values.shape[1:])
+                arrays[name] = np.lib.format.open_memmap(new / f"{name}.npy", "w+", np.float16, shape)
+            arrays[name][numbers.start : numbers.stop] = values
+        with (new / "scenes.jsonl").open("a") as file:
+            for clip in clips:
+                words = [VOCABULARY.index(word) for word in clip.scene.words]
+                file.write(json.dumps(asdict(clip.scene) | {"words": words}) + "\n")
+        print(json.dumps({"clips": numbers.stop, "of": arguments.clips}), flush=True)
+    new.replace(arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 """What the recipes have in common: arguments, a log, states to resume from, and pictures of how it goes."""
 
 import argparse
+import itertools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,36 @@ def make_parser(description: str, steps: int, batch_size: int, learning_rate: fl
     parser.add_argument("--stop-at", type=int, help="stop after this step, as if interrupted; run again to go on")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile models, which pays off in long runs")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="default: no")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="default: no")
     return parser
+
+
+class Muon(torch.optim.Muon):
+    """Torch's Muon, which takes matrices alone, for weights of convolutions, too: it sees them as matrices."""
+
+    def __init__(self, weights: list[nn.Parameter], learning_rate: float) -> None:
+        self.weights = weights
+        matrices = [nn.Parameter(weight.detach().view(len(weight), -1)) for weight in weights]
+        super().__init__(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: None = None) -> None:
+        for weight, matrix in zip(self.weights, self.param_groups[0]["params"], strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
+        super().step(closure)
+
+
+def make_optimizers(
+    model: nn.Module, arguments: argparse.Namespace, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and convolutions, with AdamW's learning rate, and AdamW for embeddings and all else."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [
+        weight for weight in weights if sum(size > 1 for size in weight.shape) > 1 and id(weight) not in embeddings
+    ]
+    others = [weight for weight in weights if all(weight is not matrix for matrix in matrices)]
+    adam = torch.optim.AdamW(others, arguments.learning_rate, betas, weight_decay=0.0)
+    return [Muon(matrices, arguments.learning_rate), adam]
 
 
 class Run:
@@ -44,7 +73,7 @@ class Run:
 
     Args:
         arguments (`argparse.Namespace`): Of [`make_parser`].
-        models (`dict[str, nn.Module]`): What to train by name, each with an AdamW of its own.
+        models (`dict[str, nn.Module]`): What to train by name, each with optimisers of its own.
         betas (`tuple[float, float]`): Of AdamW.
     """
 
@@ -56,17 +85,16 @@ class Run:
         self.device = self.accelerator.device
         self.models = {name: self.accelerator.prepare_model(model.train()) for name, model in models.items()}
         if arguments.compile:
+            torch._dynamo.config.recompile_limit = 64  # shapes; one graph for all of them is slow on a CPU
             for model in self.models.values():
-                model.compile()
+                model.compile(dynamic=False)
         self.optimizers = {
-            name: self.accelerator.prepare_optimizer(
-                torch.optim.AdamW(model.parameters(), arguments.learning_rate, betas, weight_decay=0.0)
-            )
+            name: [self.accelerator.prepare_optimizer(one) for one in make_optimizers(model, arguments, betas)]
             for name, model in self.models.items()
         }
         self.output = arguments.output
         self.output.mkdir(parents=True, exist_ok=True)
-        self.step, self.seconds, self.sums = 0, 0.0, {}
+        self.step, self.seconds, self.sums, self.measured = 0, 0.0, {}, {}
         self.log = self.output / "log.jsonl"
         state = self.output / "state"
         if state.exists():
@@ -84,7 +112,7 @@ class Run:
         while self.step < min(arguments.steps, arguments.stop_at or arguments.steps):
             rng = np.random.default_rng([arguments.seed, self.step, self.accelerator.process_index])
             torch.manual_seed(int(rng.integers(2**63)))
-            for optimizer in self.optimizers.values():
+            for optimizer in itertools.chain(*self.optimizers.values()):
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate()
             yield rng
@@ -97,6 +125,10 @@ class Run:
         self.save_state()
         draw_curves(self.log, self.output / "loss.png")
 
+    def compile(self, module: nn.Module) -> Callable[..., torch.Tensor]:
+        """A part of a model that is called by itself, compiled for each shape if that is asked for."""
+        return torch.compile(module, dynamic=False) if self.arguments.compile else module
+
     def learning_rate(self) -> float:
         arguments = self.arguments
         warmup = min(100, math.ceil(arguments.steps / 10))
@@ -104,18 +136,26 @@ class Run:
         return arguments.learning_rate * min((self.step + 1) / warmup, left, 1.0)
 
     def update(self, name: str, loss: torch.Tensor, **shown: torch.Tensor | float) -> None:
-        """Takes one step of the optimiser of a model, and adds its loss and `shown` to the log."""
+        """Takes one step of the optimisers of a model, and adds its loss and `shown` to the log."""
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.models[name].parameters(), 1.0)
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad()
+        for optimizer in self.optimizers[name]:
+            optimizer.step()
+        self.models[name].zero_grad()
         for key, value in {f"{name}_loss": loss, f"{name}_norm": norm, **shown}.items():
             self.sums[key] = self.sums.get(key, 0.0) + float(torch.as_tensor(value).detach())
+
+    @torch.no_grad()
+    def measure(self, measurement: Callable[[], dict[str, float]]) -> None:
+        """Adds what `measurement` returns to the next line of the log, in every step before a state is saved."""
+        if self.step % self.arguments.save_every == self.arguments.save_every - 1:
+            self.measured |= measurement()
 
     def _write_log(self) -> None:
         """Appends the means since the last line."""
         means = {key: round(value / self.arguments.log_every, 6) for key, value in self.sums.items()}
-        self.sums = {}
+        means |= {key: round(value, 3) for key, value in self.measured.items()}
+        self.sums, self.measured = {}, {}
         if self.accelerator.is_main_process:
             line = {"step": self.step, "seconds": round(self.seconds, 1), **means, "lr": self.learning_rate()}
             with self.log.open("a") as file:
@@ -172,7 +212,7 @@ def save_picture(image: PIL.Image.Image, picture: Path) -> None:
 
 
 def to_tensor(frames: np.ndarray) -> torch.Tensor:
-    """Frames uint8 `(batch, frames, height, width, 3)` to `(batch, 3, frames, height, width)` in [-1, 1]."""
+    """Uint8 `(batch, frames, height, width, 3)` to `(batch, 3, frames, height, width)` in [-1, 1]; images, too."""
     return torch.from_numpy(np.array(frames)).movedim(-1, 1).float() / 127.5 - 1
 
 

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distils the base transformer to 8 steps without guidance, by distribution matching (DMD2, arXiv 2405.14867).
 
-    python examples/nano/train_distilled.py --data cache/128 --base runs/base --text runs/text_encoder \\
-        --video-vae runs/video_vae --output runs/distilled
+    python examples/nano/train_distilled.py --data cache/*/* --base runs/base --text runs/text_encoder \\
+        --turbo-vae runs/turbo_vae --output runs/distilled
 
 The student generates in steps of the distilled scheduler and learns in one of them, drawn for each batch. Noise is
 added to what it made; the base, with guidance, and a third transformer, the critic, say where it came from. The critic
-is trained on what the student makes, several times for each of the student's steps. No clip of the dataset is looked
-at, but for first frames and sounds that are given.
+is trained on what the student makes, several times for each of the student's steps. No clip of the caches is looked
+at, but for first frames and sounds that are given. What is saved is a mean of the student's weights over its steps.
+
+The losses of single batches say little. So the same prompts are generated from the same noise before the first step
+and with each saved state: `judged_by_teacher` and `judged_by_critic` are losses of flow matching on the result, which
+meet when the student draws what the base does; the mean squares of its latents are 1 in clips, and less in blurs.
 """
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from cache_latents import load_cache
 from recipe import Run, make_parser, save_sheet
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from train_text_encoder import Texts
 from train_transformer import draw_batch, draw_samples
-from train_video_vae import Projection
 
-from diffusers_magihuman import MagiHumanFlowScheduler, MagiHumanTransformer3DModel
+from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowScheduler, MagiHumanTransformer3DModel
 from diffusers_magihuman.training import (
     add_noise,
     distribution_matching_loss,
@@ -30,6 +35,18 @@ from diffusers_magihuman.training import (
 
 States = tuple[torch.Tensor, torch.Tensor]  # of video and sound
 NUM_STEPS = 8
+
+
+class Student(torch.nn.Module):
+    """A transformer that is trained, and the exponential mean of its weights, which is saved with them."""
+
+    def __init__(self, transformer: MagiHumanTransformer3DModel, decay: float) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+
+    def forward(self, *inputs: torch.Tensor, **options: torch.Tensor | bool | None) -> States:
+        return self.transformer(*inputs, **options)
 
 
 def hold(states: States, given: States, held: States) -> States:
@@ -59,64 +76,84 @@ def generate(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, steps=60, batch_size=16, learning_rate=5e-5)
-    parser.add_argument("--data", type=Path, required=True, help="output of cache_latents.py")
+    parser = make_parser(__doc__, steps=300, batch_size=16, learning_rate=5e-5)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="outputs of cache_latents.py")
     parser.add_argument("--base", type=Path, required=True, help="output of train_transformer.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
-    parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose student goes on")
     parser.add_argument("--critic-steps", type=int, default=3, help="for each of the student's, default: %(default)s")
     parser.add_argument("--guidance-scale", type=float, default=1.2, help="of the base, default: %(default)s")
+    parser.add_argument("--average", type=float, default=0.99, help="decay of the mean, 0 for none, default: 0.99")
     arguments = parser.parse_args()
 
     # 1. Three copies of the base, and the noise levels of the student
-    cache = load_cache(arguments.data)
+    caches = [load_cache(folder) for folder in arguments.data]
     torch.manual_seed(arguments.seed)
     teacher, student, critic = (
         MagiHumanTransformer3DModel.from_pretrained(folder / "transformer")
         for folder in (arguments.base, arguments.start_from or arguments.base, arguments.base)
     )
-    run = Run(arguments, {"student": student, "critic": critic}, betas=(0.0, 0.95))
+    models = {"student": Student(student, arguments.average), "critic": critic}
+    run = Run(arguments, models, betas=(0.0, 0.95))
+    student, critic = run.models["student"], run.models["critic"]
+    average = run.unwrap("student").average
     teacher = teacher.to(run.device).eval().requires_grad_(False)
     texts = Texts(arguments.text, run.device)
-    projection = Projection.load(arguments.video_vae / "projection.safetensors").to(run.device)
+    vae = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.turbo_vae / "vae").to(run.device)
     scheduler = MagiHumanFlowScheduler(sampler="renoise")
     scheduler.set_timesteps(NUM_STEPS)
     sigmas = scheduler.sigmas[:NUM_STEPS].tolist()
-    student, critic = run.models["student"], run.models["critic"]
+    fixed = draw_batch(caches[:1], np.random.default_rng(0), arguments.batch_size, run.device)
+
+    @torch.no_grad()
+    def measure() -> dict[str, float]:
+        torch.manual_seed(0)
+        text, nothing = texts.embed(fixed.prompts), (torch.zeros(1, dtype=torch.bool, device=run.device),) * 2
+        with run.accelerator.autocast():
+            generated = generate(average.module, text, fixed[:2], nothing, sigmas)
+            losses = {}
+            for name, model in (("teacher", teacher), ("critic", critic)):
+                torch.manual_seed(1)
+                levels = sample_noise_levels(len(fixed.prompts), "uniform", 3.0, device=run.device)
+                losses[f"judged_by_{name}"] = float(flow_matching_loss(model, *generated, *text, levels).loss)
+        squares = (float(states.square().mean()) for states in generated)
+        return losses | dict(zip(("video_square", "audio_square"), squares, strict=True))
+
+    if run.step == 0:
+        run.measured |= measure()
 
     # 2. Train
     for rng in run.steps():
         for number in range(arguments.critic_steps + 1):
-            batch = draw_batch(cache, rng, arguments.batch_size, run.device)
-            given, text = batch[:2], texts.embed(batch.prompts)
+            batch = draw_batch(caches, rng, arguments.batch_size, run.device)
+            count, given, text = len(batch.prompts), batch[:2], texts.embed(batch.prompts)
             held_frame = torch.zeros_like(batch.latents[:, :1, :, :1, :1], dtype=torch.bool)
             held_frame[:, 0, 0, 0, 0] = batch.has_frame
             held = (held_frame, batch.has_audio[:, None, None])
             learns = number == arguments.critic_steps
-            levels = sample_noise_levels(arguments.batch_size, "uniform", 3.0, device=run.device)
-            with run.accelerator.autocast(), torch.set_grad_enabled(learns):
+            levels = sample_noise_levels(count, "uniform", 3.0, device=run.device)
+            with torch.set_grad_enabled(learns):
                 generated = generate(student, text, given, held, sigmas[: rng.integers(NUM_STEPS) + 1])
 
             if not learns:
-                with run.accelerator.autocast():
-                    loss = flow_matching_loss(
-                        critic,
-                        *generated,
-                        *text,
-                        levels,
-                        image_probability=batch.has_frame.float(),
-                        audio_probability=batch.has_audio.float(),
-                    )
+                loss = flow_matching_loss(
+                    critic,
+                    *generated,
+                    *text,
+                    levels,
+                    image_probability=batch.has_frame.float(),
+                    audio_probability=batch.has_audio.float(),
+                )
                 run.update("critic", loss.loss)
                 continue
 
             with run.accelerator.autocast(), torch.no_grad():
                 noisy = tuple(add_noise(state, torch.randn_like(state), levels) for state in generated)
                 noisy = hold(noisy, given, held)
-                negative = texts.negative.expand(arguments.batch_size, -1, -1)
+                negative = texts.embed_negative(count)
                 predictions = []
-                for model, embeds, mask in ((teacher, *text), (teacher, negative, None), (critic, *text)):
+                for model, embeds, mask in ((teacher, *text), (teacher, *negative), (critic, *text)):
                     velocities = model(*noisy, embeds, encoder_attention_mask=mask, return_dict=False)
                     clean = tuple(predict_clean(x, v, levels) for x, v in zip(noisy, velocities, strict=True))
                     predictions.append(hold(clean, given, held))
@@ -125,14 +162,13 @@ def main() -> None:
                 for state, cond, uncond, fake in zip(generated, *predictions, strict=True)
             ]
             run.update("student", losses[0] + losses[1], video=losses[0], audio=losses[1])
+            average.update_parameters(run.unwrap("student").train().transformer)
+        run.measure(measure)
         if (run.step + 1) % arguments.save_every == 0:
-            save_sheet(
-                draw_samples(run.unwrap("student"), projection, texts, cache, scheduler), run.output / "samples.png"
-            )
-            student.train()
+            save_sheet(draw_samples(average.module, vae, texts, caches[0], scheduler), run.output / "samples.png")
 
     # 3. Save
-    run.unwrap("student").save_pretrained(arguments.output / "transformer")
+    average.module.save_pretrained(arguments.output / "transformer")
 
 
 if __name__ == "__main__":

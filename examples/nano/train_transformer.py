@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the base transformer by flow matching, on video, sound and text together.
+"""Trains the base transformer by flow matching, on video, sound and text together, in many sizes and lengths.
 
-    python examples/nano/train_transformer.py --data cache/128 --text runs/text_encoder --output runs/base
+    python examples/nano/train_transformer.py --data cache/*/* --text runs/text_encoder --turbo-vae runs/turbo_vae \\
+        --output runs/base
 
 Some samples are shown their first frame, some their sound, and some batches the negative prompt in place of their
 text: so the model learns to follow an image or a voice, and to be guided.
@@ -14,14 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import world
-from cache_latents import Cache, load_cache
+from cache_latents import Cache, choose_cache, load_cache, read_clips
+from clips import make_scene
+from prompts import Scene, leave_out, make_prompt
 from recipe import Run, make_parser, save_sheet, to_frames
 from train_text_encoder import HIDDEN_SIZE, Texts
-from train_video_vae import Projection
+from words import FRAME_RATE
 
-from diffusers_magihuman import MagiHumanFlowScheduler, MagiHumanTransformer3DModel
+from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowScheduler, MagiHumanTransformer3DModel
 from diffusers_magihuman.training import flow_matching_loss, sample_noise_levels
+
+USUAL_TOKENS = 13 * 8 * 8 + 49  # of video and sound in a clip of 128 x 128 pixels and 49 frames
 
 
 def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
@@ -30,11 +34,12 @@ def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
         audio_in_channels=cache.audio_latents.shape[2],
         text_in_channels=HIDDEN_SIZE,
         num_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        attention_head_dim=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_head_dim=72,
         modality_layers=(),
         gelu_layers=(0,),
+        feed_forward_multiple=1,
     )
 
 
@@ -48,42 +53,46 @@ class Batch(NamedTuple):
     has_audio: torch.Tensor
 
 
-def draw_batch(cache: Cache, rng: np.random.Generator, batch_size: int, device: torch.device) -> Batch:
+def describe(rng: np.random.Generator, scene: Scene, has_frame: bool, has_audio: bool, seconds: float) -> str:
     """
-    Draws clips and a new prompt for each, which may leave things out.
+    A prompt of a scene, which may leave things out.
 
-    Where a first frame or a sound is given, half of the prompts say something else of it, so that the model learns to
-    follow what it sees and hears, whatever it reads.
+    Where a first frame is given, half of the prompts say something else of what is seen. Where a sound is given, half
+    have no line and a quarter another line. So the model learns to follow what it sees and hears, whatever it reads.
     """
-    clips = rng.integers(len(cache.scenes), size=batch_size)
-    latents, audio_latents = (
-        torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
-        for values in (cache.latents, cache.audio_latents)
-    )
-    has_frame, has_audio = rng.random((2, batch_size)) < 0.25
-    prompts = []
-    for clip, frame_is_given, audio_is_given in zip(clips, has_frame, has_audio, strict=True):
-        scene, other = cache.scenes[clip], world.make_scene(rng)
-        heard = other if audio_is_given and rng.random() < 0.5 else scene
-        seen = other if frame_is_given and rng.random() < 0.5 else scene
-        said = world.leave_out(replace(seen, voice=heard.voice, syllables=heard.syllables), rng)
-        prompts.append(world.make_prompt(said, rng, parts=rng.random() < 0.5))
-    return Batch(
-        latents, audio_latents, prompts, *(torch.from_numpy(has).to(device) for has in (has_frame, has_audio))
-    )
+    other = make_scene(rng, seconds)
+    seen = other if has_frame and rng.random() < 0.5 else scene
+    silent = replace(scene, words=())
+    heard = (silent, silent, other, scene)[rng.integers(4)] if has_audio else scene
+    return make_prompt(rng, leave_out(rng, replace(seen, voice=heard.voice, words=heard.words)))
+
+
+def draw_batch(caches: list[Cache], rng: np.random.Generator, batch_size: int, device: torch.device) -> Batch:
+    """Draws clips of one shape, as many as have about as many tokens as `batch_size` usual ones, and new prompts."""
+    cache = caches[choose_cache(caches, rng)]
+    count = max(1, round(batch_size * USUAL_TOKENS / cache.num_tokens))
+    clips = rng.integers(len(cache.scenes), size=count)
+    has_frame, has_audio = rng.random((2, count)) < 0.25
+    seconds = cache.audio_latents.shape[1] / FRAME_RATE
+    prompts = [
+        describe(rng, cache.scenes[clip], *given, seconds)
+        for clip, *given in zip(clips, has_frame, has_audio, strict=True)
+    ]
+    given = (torch.from_numpy(has).to(device) for has in (has_frame, has_audio))
+    return Batch(*read_clips(cache, clips, device), prompts, *given)
 
 
 @torch.no_grad()
 def draw_samples(
     transformer: MagiHumanTransformer3DModel,
-    projection: Projection,
+    vae: AutoencoderKLMagiHumanTurbo,
     texts: Texts,
     cache: Cache,
     scheduler: MagiHumanFlowScheduler,
 ) -> list[np.ndarray]:
-    """Draws four held-out prompts without guidance, decoded by the projection: every eighth frame of each."""
+    """Draws four held-out prompts without guidance, in the shape of the cache: every eighth frame of each."""
     rng = np.random.default_rng(0)
-    prompts = [world.make_prompt(world.make_scene(rng, held_out=True), rng) for _ in range(4)]
+    prompts = [make_prompt(rng, make_scene(rng, 2, held_out=True), held_out=True) for _ in range(4)]
     embeds, mask = texts.embed(prompts)
     states = [torch.randn(4, *values.shape[1:], device=embeds.device) for values in cache[:2]]
     schedulers = [copy.deepcopy(scheduler), copy.deepcopy(scheduler)]
@@ -91,66 +100,63 @@ def draw_samples(
         velocities = transformer(*states, embeds, encoder_attention_mask=mask, return_dict=False)
         steps = zip(schedulers, velocities, states, strict=True)
         states = [one.step(velocity, timestep, state)[0] for one, velocity, state in steps]
-    return [frames[::8] for frames in to_frames(projection.decode(states[0]))]
+    return [frames[::8] for frames in to_frames(vae.decoder(states[0], is_first_chunk=True))]
 
 
 def main() -> None:
-    parser = make_parser(__doc__, steps=8000, batch_size=16, learning_rate=1e-3)
-    parser.add_argument("--data", type=Path, required=True, help="output of cache_latents.py")
+    parser = make_parser(__doc__, steps=40000, batch_size=16, learning_rate=1e-3)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="outputs of cache_latents.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
-    parser.add_argument("--video-vae", type=Path, required=True, help="output of train_video_vae.py")
+    parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
     parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
-    parser.add_argument("--text-dropout", type=float, default=0.1, help="of a batch, default: %(default)s")
+    parser.add_argument("--text-dropout", type=float, default=0.1, help="part of the batches, default: %(default)s")
     parser.add_argument("--pure-noise", type=float, default=0.25, help="part of each batch, default: %(default)s")
     arguments = parser.parse_args()
 
     # 1. Data and model
-    cache = load_cache(arguments.data)
+    caches = [load_cache(folder) for folder in arguments.data]
     torch.manual_seed(arguments.seed)
-    transformer = make_transformer(cache)
+    transformer = make_transformer(caches[0])
     if arguments.start_from is not None:
         transformer = MagiHumanTransformer3DModel.from_pretrained(arguments.start_from / "transformer")
     run = Run(arguments, {"transformer": transformer})
     texts = Texts(arguments.text, run.device)
-    projection = Projection.load(arguments.video_vae / "projection.safetensors").to(run.device)
-
+    vae = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.turbo_vae / "vae").to(run.device)
     scheduler = MagiHumanFlowScheduler()
     scheduler.set_timesteps(16)
 
     # 2. Train
     for rng in run.steps():
-        latents, audio_latents, prompts, has_frame, has_audio = draw_batch(
-            cache, rng, arguments.batch_size, run.device
-        )
-        embeds, mask = texts.embed(prompts)
+        batch = draw_batch(caches, rng, arguments.batch_size, run.device)
+        count = len(batch.prompts)
+        embeds, mask = texts.embed(batch.prompts)
         # Whole batches, as the negative prompt is long and would stretch every batch that it is in.
         if rng.random() < arguments.text_dropout:
-            embeds, mask = texts.negative.expand(arguments.batch_size, -1, -1), None
-        noise_levels = sample_noise_levels(arguments.batch_size, "uniform", arguments.shift, device=run.device)
+            embeds, mask = texts.embed_negative(count)
+        noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
         # Of pure noise the prompt alone says what it becomes, which is what sampling begins with.
-        noise_levels[: round(arguments.pure_noise * arguments.batch_size)] = 1.0
+        noise_levels[: round(arguments.pure_noise * count)] = 1.0
         # What moves counts for more: walls and shirts are easily learned, lips are not.
-        motion = latents.diff(dim=2, append=latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
-        weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True)
-        with run.accelerator.autocast():
-            loss = flow_matching_loss(
-                run.models["transformer"],
-                latents,
-                audio_latents,
-                embeds,
-                mask,
-                noise_levels,
-                audio_weight=arguments.audio_weight,
-                image_probability=has_frame.float(),
-                audio_probability=has_audio.float(),
-                latent_weights=weights,
-            )
+        motion = batch.latents.diff(dim=2, append=batch.latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
+        weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
+        loss = flow_matching_loss(
+            run.models["transformer"],
+            batch.latents,
+            batch.audio_latents,
+            embeds,
+            mask,
+            noise_levels,
+            audio_weight=arguments.audio_weight,
+            image_probability=batch.has_frame.float(),
+            audio_probability=batch.has_audio.float(),
+            latent_weights=weights,
+        )
         run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)
         if (run.step + 1) % arguments.save_every == 0:
-            samples = draw_samples(run.unwrap("transformer"), projection, texts, cache, scheduler)
+            samples = draw_samples(run.unwrap("transformer"), vae, texts, caches[0], scheduler)
             save_sheet(samples, run.output / "samples.png")
             run.models["transformer"].train()
 
