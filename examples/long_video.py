@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A longer video of clips that begin at the last frame of the one before: python examples/long_video.py MODEL"""
+"""A longer video of clips that begin at the last frame of the one before: python examples/long_video.py [MODEL]"""
 
 import sys
 
@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_magihuman import export_to_mp4
+from diffusers_magihuman import embedded_model, export_to_mp4, format_prompt
 
 lines = "The house was built by my grandfather.", "He laid every stone of it himself.", "And it still stands today."
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype).to(device)
+pipe = DiffusionPipeline.from_pretrained(*(sys.argv[1:] or [embedded_model()]), dtype=dtype).to(device)
 frames, audio, last_frame, generator = [], None, None, torch.manual_seed(42)
 num_frames = (pipe.config.default_num_frames - 1) // 4 * 4 + 1  # so that sound and video are of one length
 overlap = pipe.audio_sampling_rate // 25  # the sound of the frame that two clips share
 for line in lines:
-    prompt = f'An old woman in a blue shawl says calmly, "{line}"\n\nDialogue:\n<Old woman, English>: "{line}"'
+    prompt = format_prompt("An old woman in a blue shawl is calm.", [("Old woman", "English", line)])
     clip = pipe(prompt, image=last_frame, num_frames=num_frames, generator=generator)
     own, fade = clip.audio[0], np.linspace(0, 1, overlap, dtype=np.float32)
     if audio is not None:

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leanest settings, for GPUs of 8 GB and more: python examples/low_memory.py MODEL; see also `magihuman plan`."""
+"""The leanest settings, for GPUs of 8 GB and more: python examples/low_memory.py [MODEL]; see also `magihuman plan`"""
 
 import sys
 
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_magihuman import export_to_mp4
+from diffusers_magihuman import embedded_model, export_to_mp4, format_prompt
 
-line = "Every layer comes when it is needed."
-prompt = f'A man in a grey coat says slowly, "{line}"\n\nDialogue:\n<Man, English>: "{line}"'
+prompt = format_prompt("A man in a grey coat is slow.", [("Man", "English", "Every layer comes when it is needed.")])
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 dtype = {"default": compute_dtype, "audio_vae": torch.float32}
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype)
+pipe = DiffusionPipeline.from_pretrained(*(sys.argv[1:] or [embedded_model()]), dtype=dtype)
 
 # Linears of the transformer take half of the memory; each is cast when it runs. Only this changes the video, a little.
 pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype)

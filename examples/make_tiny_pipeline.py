@@ -96,6 +96,7 @@ def make_transformer(**config: Any) -> MagiHumanTransformer3DModel:
         attention_head_dim=16,
         modality_layers=(0, 2),
         gelu_layers=(0,),
+        feed_forward_multiple=1,
         **config,
     ).eval()
 
@@ -135,7 +136,7 @@ def make_tiny_upscale_pipeline(default_height: int = 288, default_width: int = 4
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="directory to write")
+    parser.add_argument("output", nargs="?", default="tiny-magihuman", help="directory to write; default: %(default)s")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--distilled", action="store_true", help="8 stochastic steps without guidance")
     kind.add_argument("--upscale", action="store_true", help="super-resolution of latents, to 128x192 unless told")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One prompt, encoded once for the distilled model and its upscaling: python examples/shared_embeddings.py MODEL SR"""
+"""A prompt encoded once for the distilled model and its upscaling: python examples/shared_embeddings.py [MODEL SR]"""
 
 import sys
 
@@ -8,11 +8,12 @@ from diffusers import DiffusionPipeline
 
 import diffusers_magihuman as magihuman
 
-prompt = 'A baker dusts his hands and says cheerfully, "Try it while it is warm."\n\nBackground Sound:\n<Oven fan>'
+model, upscale_model = sys.argv[1:3] or (magihuman.embedded_model(), magihuman.embedded_model("upscale"))
+prompt = magihuman.format_prompt('A baker dusts his hands and says, "Try it while it is warm."', None, "Oven fan")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=dtype).to(device)
+pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
 with torch.no_grad():
     embeds, *_ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
 pipe.text_encoder = None  # second in size to the transformer alone, and no longer needed
@@ -20,9 +21,9 @@ low = pipe(prompt_embeds=embeds, output_type="latent", generator=torch.manual_se
 pipe.transformer = None
 
 transformer = magihuman.MagiHumanTransformer3DModel.from_pretrained(
-    sys.argv[2], subfolder="transformer", dtype=dtype["default"]
+    upscale_model, subfolder="transformer", dtype=dtype["default"]
 ).to(device)
-scheduler = magihuman.MagiHumanFlowScheduler.from_pretrained(sys.argv[2], subfolder="scheduler")
+scheduler = magihuman.MagiHumanFlowScheduler.from_pretrained(upscale_model, subfolder="scheduler")
 upscale = magihuman.MagiHumanLatentUpscalePipeline.from_pipe(pipe, transformer=transformer, scheduler=scheduler)
 size = {name: 2 * pipe.config[f"default_{name}"] for name in ("height", "width")}
 high = upscale(prompt_embeds=embeds, latents=low.frames, audio_latents=low.audio, **size)

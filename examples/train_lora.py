@@ -13,16 +13,16 @@
   stopped, or with more `--steps` to train longer, and the weights are those of a run that never stopped
 - `lora/log.jsonl` has a line for each step, and `pipe.load_lora_weights("lora")` loads the result
 
-Without `--model` it trains the tiny model of the package, which a laptop can.
+Without `--model` it trains the tiny model of the package, which a laptop can, and without `--data` on two clips of it.
 """
 
 import argparse
 import hashlib
 import json
-import os
+import pickle
+import sys
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import PIL.Image
 import torch
@@ -37,10 +37,15 @@ from diffusers_magihuman import (
     MagiHumanAudioVideoPipeline,
     MagiHumanTransformer3DModel,
     embedded_model,
+    export_to_mp4,
     load_audio,
 )
-from diffusers_magihuman.media import crop_to_aspect, read_video
+from diffusers_magihuman.checks import check_integer, check_real
+from diffusers_magihuman.files import move_into_place, unfinished_folder
+from diffusers_magihuman.media import crop_to_aspect, read_video, read_video_header
 from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
+from diffusers_magihuman.tools.cli import run_command
+from diffusers_magihuman.tools.plan import load_index
 from diffusers_magihuman.training import drop_text, flow_matching_loss, sample_noise_levels
 
 FRAME_RATE = 25
@@ -50,14 +55,14 @@ Clip = dict[str, torch.Tensor]
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of videos and captions")
-    add("--output", type=Path, required=True, help="folder of the LoRA, the log and the state to go on from")
+    add("--data", type=Path, help="folder of videos and captions, default: two clips of the tiny model, 10 steps")
+    add("--output", type=Path, default="lora", help="of the LoRA, the log and the state to go on from, default: lora")
     add("--cache", type=Path, help="folder of encoded clips, which several runs may share, default: cache in --output")
     add("--model", help="directory or repository of a pipeline, default: the tiny one of the package")
     add("--height", type=int, help="pixels, which clips are cropped to, default: that of the model")
     add("--width", type=int, help="likewise")
     add("--num-frames", type=int, help="frames that each clip begins with, default: that of the model")
-    add("--steps", type=int, default=500, help="in all, default: %(default)s")
+    add("--steps", type=int, help="in all, default: 500")
     add("--batch-size", type=int, default=1, help="on each GPU, default: %(default)s")
     add("--learning-rate", type=float, default=1e-4, help="default: %(default)s")
     add("--rank", type=int, default=16, help="also the alpha, default: %(default)s")
@@ -77,24 +82,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="dtype of the frozen weights, default: no")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     arguments = parser.parse_args(arguments)
+    if arguments.steps is None:
+        arguments.steps = 10 if arguments.data is None else 500
     check_arguments(arguments)
     return arguments
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("height", "width", "num_frames", "steps", "batch_size", "rank", "save_every"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}`={value} must be 1 or more.")
-    for name in ("learning_rate", "shift"):
-        if getattr(arguments, name) <= 0:
-            raise ValueError(f"`{name}`={getattr(arguments, name)} must be positive.")
+        if getattr(arguments, name) is not None:
+            check_integer(name, getattr(arguments, name))
+    check_integer("seed", arguments.seed, 0, 2**63 - 1)
+    check_real("learning_rate", arguments.learning_rate, 1e-12, 1e3)
+    check_real("shift", arguments.shift, 1e-3, 1e3)
     for name in ("text_dropout", "image_probability", "audio_probability"):
-        if not 0 <= getattr(arguments, name) <= 1:
-            raise ValueError(f"`{name}`={getattr(arguments, name)} must be in 0 to 1.")
+        check_real(name, getattr(arguments, name), 0, 1)
 
 
 # 1. Data
+
+
+def make_clips(folder: Path) -> Path:
+    """Writes two clips of the tiny model with their captions, to try the training on."""
+    pipe = DiffusionPipeline.from_pretrained(embedded_model())
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, colour in enumerate(("red", "green")):
+        caption = f'A speaker with pale skin, in a {colour} shirt. The speaker says: "ma mi mo mu".'
+        clip = pipe(caption, generator=torch.manual_seed(seed))
+        export_to_mp4(clip.frames[0], folder / f"{colour}.mp4", clip.audio[0])
+        (folder / f"{colour}.txt").write_text(caption)
+    return folder
 
 
 def read_captions(folder: Path) -> dict[Path, str]:
@@ -127,8 +144,8 @@ def read_captions(folder: Path) -> dict[Path, str]:
         if not path.is_file():
             raise FileNotFoundError(f"{str(table)!r} names {path.name!r}, but there is no such file.")
         try:
-            facts = next(imageio_ffmpeg.read_frames(str(path)))
-        except (OSError, StopIteration) as error:
+            facts = read_video_header(path)
+        except OSError as error:
             raise OSError(f"{str(path)!r} holds no readable video.") from error
         if facts["fps"] != FRAME_RATE or "audio_codec" not in facts:
             audio = "audio" if "audio_codec" in facts else "no audio"
@@ -178,9 +195,9 @@ def load_clips(
 
 
 def write_file(path: Path, tensors: Clip) -> None:
-    temporary = path.with_suffix(".incomplete")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    with unfinished_folder(path) as folder:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / path.name)
+        move_into_place(folder / path.name, path)
 
 
 @torch.no_grad()
@@ -192,7 +209,7 @@ def encode_text(pipe: MagiHumanAudioVideoPipeline, text: str) -> torch.Tensor:
 @torch.no_grad()
 def encode_clip(pipe: MagiHumanAudioVideoPipeline, path: Path, caption: str, arguments: argparse.Namespace) -> Clip:
     height, width, num_frames, device = arguments.height, arguments.width, arguments.num_frames, pipe.device
-    frames, _ = read_video(path)
+    frames, _ = read_video(path, num_frames)
     if len(frames) < num_frames:
         raise ValueError(f"{str(path)!r} has {len(frames)} frames, fewer than `num_frames`={num_frames}.")
     # The autoencoder takes 4 k + 1 frames; a pipeline makes as many, to sound of `num_frames`.
@@ -246,7 +263,6 @@ def train(
     negative_embeds: torch.Tensor,
 ) -> None:
     """Adds a LoRA to the transformer, trains it from the state of an earlier run on, and saves it."""
-    arguments.output.mkdir(parents=True, exist_ok=True)
     transformer.requires_grad_(False)
     torch.manual_seed(arguments.seed)
     transformer.add_adapter(
@@ -312,7 +328,10 @@ def load_state(
     if not path.is_file():
         log.unlink(missing_ok=True)
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise OSError(f"{str(path)!r} is damaged, remove it to train from the start: {error}") from error
     wanted = settings_of(arguments)
     changed = [
         f"`{name}`={wanted[name]} was {value}" for name, value in state["settings"].items() if wanted[name] != value
@@ -321,7 +340,9 @@ def load_state(
         raise ValueError(f"{str(path)!r} is of a run with other settings: {', '.join(changed)}. Use another `output`.")
     set_peft_model_state_dict(transformer, state["lora"])
     optimizer.load_state_dict(state["optimizer"])
-    log.write_text("".join(f"{line}\n" for line in lines[: state["step"]]))
+    with unfinished_folder(log) as folder:
+        (folder / log.name).write_text("".join(f"{line}\n" for line in lines[: state["step"]]))
+        move_into_place(folder / log.name, log)
     return state["step"]
 
 
@@ -333,27 +354,37 @@ def save_state(
 ) -> None:
     """Saves the LoRA, and what going on needs; each file is whole at any time."""
     output, lora = arguments.output, get_peft_model_state_dict(transformer)
-    MagiHumanAudioVideoPipeline.save_lora_weights(
-        output / "incomplete",
-        lora,
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )
-    for file in (output / "incomplete").iterdir():
-        os.replace(file, output / file.name)
+    config = transformer.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # a set, which has another order in each run
     state = {"step": step, "lora": lora, "optimizer": optimizer.state_dict(), "settings": settings_of(arguments)}
-    torch.save(state, output / "incomplete" / "state.pt")
-    os.replace(output / "incomplete" / "state.pt", output / "state.pt")
-    (output / "incomplete").rmdir()
+    with unfinished_folder(output / "state.pt") as folder:
+        MagiHumanAudioVideoPipeline.save_lora_weights(folder / "lora", lora, transformer_lora_adapter_metadata=config)
+        sort_metadata(next((folder / "lora").iterdir()))
+        torch.save(state, folder / "state.pt")
+        for file in (*(folder / "lora").iterdir(), folder / "state.pt"):
+            move_into_place(file, output / file.name)
+
+
+def sort_metadata(path: Path) -> None:
+    """Orders the metadata of a safetensors file, which it writes in another order each time."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def main() -> None:
     arguments = parse_arguments()
-    captions = read_captions(arguments.data)
+    captions = read_captions(arguments.data or make_clips(arguments.output / "clips"))
     arguments.model = arguments.model or embedded_model("base")
-    config = MagiHumanAudioVideoPipeline.load_config(arguments.model)
-    for name, default in (("height", 256), ("width", 448), ("num_frames", 126)):
+    index = load_index(arguments.model, [MagiHumanAudioVideoPipeline], "--model")
+    for name in ("height", "width", "num_frames"):
         if getattr(arguments, name) is None:
-            setattr(arguments, name, config.get(f"default_{name}", default))
+            setattr(arguments, name, index[f"default_{name}"])
+    arguments.output.mkdir(parents=True, exist_ok=True)
 
     accelerator = Accelerator()
     with accelerator.main_process_first():
@@ -364,4 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("train_lora.py", main))
