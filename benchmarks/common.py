@@ -4,6 +4,7 @@
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def hardware(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
     command = ["git", "rev-parse", "--short", "--verify", "HEAD"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None

@@ -37,8 +37,10 @@ from diffusers_magihuman.tools.plan import (
     GIB,
     SETTINGS,
     Setting,
+    Speed,
     choose,
     format_table,
+    make_calls,
     make_meta_model,
     make_stages,
     models_of,
@@ -48,7 +50,7 @@ from diffusers_magihuman.tools.plan import (
     weights_on_gpu,
 )
 
-FULL = {"256p": ("base", 256, 448), "540p": ("sr_540p", 512, 896), "1080p": ("sr_1080p", 1088, 1920)}
+FULL = {"256p": ("base", 256, 448), "540p": ("sr-540p", 512, 896), "1080p": ("sr-1080p", 1088, 1920)}
 # Heads of 64 channels, layers, and channels of the autoencoders; height, width and frames.
 SMALL = {"tiny": (4, 3, 8, (128, 192, 9)), "mid": (16, 8, 16, (320, 512, 25))}
 GPUS = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -140,12 +142,12 @@ def run_setting(size: str, device: torch.device, index: int) -> dict:
     setting = SETTINGS[index]
     pipe, video = make_pipeline(size)
     plan = plan_pipeline(size, pipe, *video)  # which leaves a float8 transformer
-    if not setting.float8:
+    if setting.weights is None:
         pipe, _ = make_pipeline(size)
     # From RAM the next group is fetched on a stream while one runs, from disk each when it runs.
     num_in_flight = 2 if device.type == "cuda" else 1
     weights = weights_on_gpu(pipe, make_stages(pipe, *video), num_in_flight)[setting.offload]
-    planned = {stage.name: weights[stage.name] + stage.peaks[setting.float8, setting.lean] for stage in plan.stages}
+    planned = {stage.name: weights[stage.name] + stage.peaks[setting.weights, setting.lean] for stage in plan.stages}
 
     # Libraries take memory that they keep, their own code too, when they first run: none of a model's.
     run_stages("tiny", device, setting)
@@ -165,10 +167,10 @@ def run_stages(size: str, device: torch.device, setting: Setting) -> dict[str, d
     materialise(pipe, device)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        lines = "\n".join(setting.calls)
-        if device.type == "cpu":
-            lines = lines.replace("cuda", "cpu").replace("use_stream=True", f"offload_to_disk_path={folder!r}")
-        exec(lines, {"pipe": pipe, "torch": torch})
+        for call in make_calls(setting, Speed(), pipe.transformer.dtype, device.type):
+            if device.type == "cpu" and call.options.pop("use_stream", False):
+                call.options["offload_to_disk_path"] = folder
+            call.run(pipe)
         for stage in make_stages(pipe, *video):
             # With a stream the order of the groups is known after a first run.
             peak = 0
