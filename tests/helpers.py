@@ -1,19 +1,25 @@
 """Tiny models, short calls, and readers of what they write."""
 
 import subprocess
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_magihuman import MagiHumanLatentUpscalePipeline, MagiHumanTransformer3DModel
+from diffusers_magihuman.conversion import ROPE_BANDS, transformer_rules
 
 ROOT = Path(__file__).parents[1]
 PROMPT = (
     'A woman with short grey hair looks at the camera and says, "Hello."\n\n'
     'Dialogue:\n<Woman, English>: "Hello."\n\nBackground Sound:\n<Quiet room>'
 )
+
+LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1"}
 
 # Put before a script, it makes Python forget that the package is installed.
 WITHOUT_PACKAGE = """
@@ -28,6 +34,21 @@ sys.meta_path.insert(0, Blocker())
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def count_reads():
+    """The list of the values that Python reads from tensors, for each of which it would wait for an accelerator."""
+    reads = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                reads.append(args[0])
+            return function(*args, **kwargs or {})
+
+    with Recorder():
+        yield reads
 
 
 # Transformers
@@ -45,9 +66,32 @@ def make_tiny_model(**config):
             "attention_head_dim": 16,
             "modality_layers": (0, 2),
             "gelu_layers": (0,),
+            "feed_forward_multiple": 1,
         }
         | config
     ).eval()
+
+
+def make_original(**config):
+    """Random weights of a tiny model with the original's names."""
+    config = dict(make_tiny_model(**config).config)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, rule in transformer_rules(config | {"feed_forward_multiple": 1}).items():
+        weights[name] = torch.randn(rule.shape, generator=generator) * (0.1 if "norm" in name else 0.02)
+    num_bands = config["attention_head_dim"] // 8
+    weights[ROPE_BANDS] = 1.0 / config["rope_theta"] ** (torch.arange(num_bands) / num_bands)
+    return weights
+
+
+def multiplies_float8_by_row():
+    """Whether the CPU does: in torch 2.10 it takes one scale alone."""
+    row = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(row, row.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def make_inputs(batch_size=1, num_frames=3, audio_length=9, text_length=7):
@@ -150,3 +194,13 @@ def read_sound(path):
 def peak_frequency(samples, rate):
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
     return spectrum.argmax() * rate / len(samples)
+
+
+def listened_at(processes):
+    """The addresses at which processes can be reached."""
+    addresses = set()
+    for process in processes:
+        with suppress(psutil.Error):
+            connections = process.net_connections("inet")
+            addresses |= {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    return addresses

@@ -50,6 +50,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.describe(*match.groups())
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self.send_repository_file(*match.groups())
+        elif path == "/api/whoami-v2":
+            self.send_json({"name": "someone", "orgs": []})
         else:
             self.send_failure(404, "EntryNotFound")
 

@@ -69,6 +69,38 @@ def fp8(weights):
     return result
 
 
+FLOAT8_SCALES = {  # how other tools name a scale, and its shape for a tensor
+    ".scale_weight": lambda _: (),
+    ".weight_scale": lambda _: (1,),
+    ".weight_scale_inv": lambda shape: tuple(-(-size // 128) for size in shape),
+    ".weight.scale": lambda shape: shape[:1],
+    ".weight._scale": lambda shape: (shape[0], 1),
+    ".scale": lambda _: (1, 1),
+}
+
+
+def float8(weights, spelling, dtype=torch.float8_e4m3fn):
+    """Float8 as other tools write it, and the float32 that it stands for; `None` is a cast without a scale."""
+    result, expected = {}, all_fp32(weights)
+    for name, tensor in expected.items():
+        if not name.endswith(".weight") or not (is_linear(name) or "lora" in name):
+            result[name] = tensor
+            continue
+        if spelling is None:
+            result[name], scale = tensor.to(dtype), torch.ones(())
+        else:
+            scale = 0.01 + torch.rand(FLOAT8_SCALES[spelling](tensor.shape))
+            stem = name.removesuffix(".weight")
+            result |= {stem + spelling: scale, f"{stem}.scale_input": torch.ones(()), "scaled_fp8": torch.zeros(2)}
+            if scale.ndim == 1 and len(scale) > 1:
+                scale = scale[:, None]
+            elif spelling == ".weight_scale_inv":
+                scale = scale.repeat_interleave(128, 0)[: len(tensor)].repeat_interleave(128, 1)[:, : tensor.shape[1]]
+            result[name] = (tensor / scale).clamp(-400, 400).to(dtype)
+        expected[name] = result[name].float() * scale
+    return result, expected
+
+
 def dequantised(weights):
     """What the float8 layout stands for, under canonical names."""
     return {
@@ -154,7 +186,7 @@ def write_external_repositories(root):
     wan = make_wan_vae(z_dim=4)
     wan.save_pretrained(root / "Wan-AI" / "Wan2.2-TI2V-5B-Diffusers" / "vae")
     turbo = make_turbo_vae(latent_channels=4, encoder_base_dim=None)
-    state_dict, rules = turbo.state_dict(), turbo_vae_rules(turbo.config)
+    state_dict, rules = turbo.state_dict(), turbo_vae_rules(turbo)
     weights = {source: state_dict[next(iter(rule.targets))] for source, rule in rules.items()}
     keys = ("latent_channels", "decoder_block_out_channels", "decoder_layers_per_block")
     config = {name: turbo.config[name] for name in keys}

@@ -27,7 +27,20 @@ from diffusers import (
 )
 from helpers import read_frames, read_header, read_sound
 from make_tiny_pipeline import make_text_encoder, make_tiny_pipeline, make_tiny_upscale_pipeline, make_wan_vae
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 import diffusers_magihuman
 from diffusers_magihuman import MagiHumanAudioVideoPipeline
@@ -59,7 +72,10 @@ def run_example(monkeypatch, tmp_path):
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        try:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        except SystemExit as error:
+            assert not error.code
         return tmp_path / f"{name}.mp4"
 
     return run
@@ -67,7 +83,8 @@ def run_example(monkeypatch, tmp_path):
 
 def test_scripts_to_copy_from_are_short():
     lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert {name for name, length in lengths.items() if length > 30} == {"make_tiny_pipeline", "train_lora"}
+    long = {"enhance_prompt": 65, "make_tiny_pipeline": 150, "train_lora": 400}
+    assert {name: length for name, length in lengths.items() if length > long.get(name, 30)} == {}
 
 
 def test_every_script_has_a_test():
@@ -81,6 +98,25 @@ def test_make_tiny_pipeline(run_example):
     run_example("make_tiny_pipeline", "tiny-upscale", "--upscale")
     assert DiffusionPipeline.from_pretrained("tiny").config.is_distilled
     assert DiffusionPipeline.from_pretrained("tiny-upscale").config.default_width == 192
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"multi_gpu"}))
+def test_without_arguments_examples_try_the_tiny_models(name, run_example, tmp_path):
+    video = run_example(name)
+    if name.endswith(("video", "voice", "upscale", "memory", "embeddings")):
+        size = 256 if name.endswith(("upscale", "embeddings")) else 128
+        is_wan = name.startswith("wan")
+        check_video(video, 145 if name == "long_video" else 49, size, size, fps=24 if is_wan else 25)
+        assert is_wan or read_sound(video).std() > 1e-3
+    for path in tmp_path.glob("modular_*.mp4"):
+        check_video(path, 49, *((256, 256) if "chain" in name else (128, 128)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == {
+        "enhance_prompt": [],
+        "make_tiny_pipeline": ["tiny-magihuman"],
+        "modular_four_seeds": [f"modular_four_seeds_{seed}.mp4" for seed in range(4)],
+        "train_lora": ["lora"],
+    }.get(name, [f"{name}.mp4"])
 
 
 def test_text_to_video(run_example, model):
@@ -155,6 +191,29 @@ def save_wan(path):
     ).save_pretrained(path)
 
 
+def save_instruct_model(path, sees):
+    """A random model that chats, or one that also sees, as Transformers' pipelines load them."""
+    tokenizer, _ = make_text_encoder(hidden_size=16)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, **sizes)
+    part = "{% if c is string %}{{ c }}{% elif c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
+    parts = "{% for m in messages %}{% for c in ([m.content] if m.content is string else m.content) %}PART{% endfor %}"
+    template = parts.replace("PART", part) + "{% endfor %}"
+    if not sees:
+        LlamaForCausalLM(text).save_pretrained(path)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(path)
+        return
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=4)
+    LlavaForConditionalGeneration(config).save_pretrained(path)
+    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(processor, tokenizer, chat_template=template, **options).save_pretrained(path)
+
+
 def check_video(path, num_frames, height, width, fps=25):
     assert f"{fps} fps" in read_header(path)
     video = read_frames(path, height, width)
@@ -175,9 +234,23 @@ def test_image_then_video(run_example, model, tmp_path):
     check_audio(video, 9)
 
 
+@pytest.mark.parametrize("sees", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_enhance_prompt(sees, run_example, tmp_path, capsys):
+    """What a random model writes is put in the form that is wanted, with the line word for word."""
+    save_instruct_model(tmp_path / "chat", sees)
+    PIL.Image.new("RGB", (60, 80), "teal").save(tmp_path / "portrait.png")
+    capsys.readouterr()
+    options = ["--dialogue", "Old baker, French: Bon jour.", *["--image", "portrait.png"] * sees]
+    run_example("enhance_prompt", "chat", "a baker at dawn", *options)
+    description, dialogue, background = capsys.readouterr().out.strip().rsplit("\n\n", 2)
+    assert len(description) > 100 and description.endswith('Old baker says, "Bon jour."')
+    assert dialogue == 'Dialogue:\n<Old baker, French>: "Bon jour."'
+    assert re.fullmatch("Background Sound:\n<[^<>]+>", background)
+
+
 def test_base_then_upscale(run_example, model, upscale_model):
     video = run_example("base_then_upscale", model, upscale_model)
-    check_video(video, 9, 96, 160)
+    check_video(video, 9, 96, 128)  # the aspect of 64x96, up to multiples of 32
     check_audio(video, 9)
 
 
@@ -203,7 +276,7 @@ def test_wan_then_upscale(run_example, upscale_model, tmp_path, monkeypatch):
     monkeypatch.setattr(WanPipeline, "__call__", short_call)
     save_wan(tmp_path / "wan")
     video = run_example("wan_then_upscale", tmp_path / "wan", upscale_model)
-    check_video(video, 5, 96, 160, fps=24)
+    check_video(video, 5, 96, 192, fps=24)  # the aspect of 32x64
     assert "Audio" not in read_header(video)
 
 
@@ -245,15 +318,43 @@ def test_long_video(run_example, model, monkeypatch):
             np.testing.assert_allclose(placed[:, :FRAME_SAMPLES], mixed, atol=1e-6)
 
 
+def test_modular_guider(run_example, model):
+    video = run_example("modular_guider", model)
+    check_video(video, 9, 64, 96)
+    check_audio(video, 9)
+
+
+def test_modular_four_seeds(run_example, model, tmp_path):
+    run_example("modular_four_seeds", model)
+    videos = [check_video(tmp_path / f"modular_four_seeds_{seed}.mp4", 9, 64, 96) for seed in range(4)]
+    assert len({video.tobytes() for video in videos}) == 4
+
+
+def test_modular_chain(run_example, model, upscale_model):
+    video = run_example("modular_chain", model, upscale_model)
+    check_video(video, 9, 96, 128)
+    check_audio(video, 9)
+
+
+def test_modular_watermark(run_example, model):
+    """Half as bright where the mark is, on every frame."""
+    pipe = DiffusionPipeline.from_pretrained(model)
+    expected = pipe('A speaker says, "ma mi mo mu"', generator=torch.manual_seed(42)).frames[0] * 255
+    video = check_video(run_example("modular_watermark", model), 9, 64, 96)
+    inside = np.s_[:, -10:-6, 8:40]
+    assert abs(video[inside].mean() - expected[inside].mean() / 2) < 6
+    assert abs(video[:, :40].mean() - expected[:, :40].mean()) < 6
+
+
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", ["", pytest.param("0,1", marks=[pytest.mark.gpu, two_gpus])])
 def test_multi_gpu(gpus, tmp_path):
-    """The README's command, with two processes on the CPU or a process on each of two GPUs."""
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    _, *arguments, _script = shlex.split(re.search(r"^torchrun .* examples/multi_gpu.py$", readme, re.MULTILINE)[0])
+    """The command of the documents, with two processes on the CPU or a process on each of two GPUs."""
+    page = (EXAMPLES.parent / "docs" / "multi-gpu.md").read_text()
+    _, *arguments, _script = shlex.split(re.search(r"^torchrun .* examples/multi_gpu.py$", page, re.MULTILINE)[0])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, EXAMPLES / "multi_gpu.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -261,3 +362,18 @@ def test_multi_gpu(gpus, tmp_path):
     assert result.stdout.splitlines().count("multi_gpu.mp4") == 1
     check_video(tmp_path / "multi_gpu.mp4", 49, 128, 128)
     check_audio(tmp_path / "multi_gpu.mp4", 49)
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path):
+    """Run from its first cell to the last, as Jupyter does; each clip is shown, and none is stored in the file."""
+    nbclient = pytest.importorskip("nbclient")
+    notebook = pytest.importorskip("nbformat").read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    shown = [
+        output.data["text/html"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output
+    ]
+    assert len(shown) == 3 and all("<video" in html for html in shown)
+    for name in ("text", "portrait", "voice"):
+        check_video(tmp_path / f"{name}.mp4", 49, 128, 128)

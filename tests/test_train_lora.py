@@ -5,6 +5,9 @@
 """
 
 import json
+import math
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -91,6 +94,33 @@ def test_goes_on_as_if_it_never_stopped(run, folder):
         run("parts", f"--steps 5 --rank 8 {options}")
 
 
+@pytest.mark.slow
+def test_bytes_are_the_same_in_another_process(folder):
+    """Sets of names have another order there. What is wrong is one line, a SIGTERM leaves nothing unfinished."""
+    files = []
+    options = "--model tiny --data clips --cache cache --height 64 --width 64 --num-frames 5 --steps 1 --save-every 1"
+    command = [sys.executable, train_lora.__file__, *options.split(), "--output"]
+    for seed in "123":
+        subprocess.run([*command, f"hash{seed}"], cwd=folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+        files.append((folder / f"hash{seed}" / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+    done = subprocess.run([*command, "hash1", "--rank", "8"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and "train_lora.py: error: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    process = subprocess.Popen([*command, "killed", "--steps", "1000"], cwd=folder, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait() == 143
+    assert {path.name for path in (folder / "killed").iterdir()} <= {*os.listdir(folder / "hash1")}
+
+
+def test_state_that_is_damaged(run, folder):
+    run("damaged", "--steps 1")
+    (folder / "damaged" / "state.pt").write_bytes(b"PK")
+    with pytest.raises(OSError, match=r"state\.pt' is damaged"):
+        run("damaged", "--steps 2")
+
+
 def test_frozen_weights_in_bfloat16(run, folder):
     log = run("bf16", "--steps 1 --mixed-precision bf16")
     assert np.isfinite(log[0]["loss"]) and log[0]["grad_norm"] > 0
@@ -134,7 +164,10 @@ def test_default_is_the_tiny_model_of_the_package(folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     "name, value",
-    [("steps", 0), ("rank", -1), ("learning_rate", 0.0), ("shift", -1.0), ("text_dropout", 1.5)],
+    [
+        *(("steps", 0), ("rank", -1), ("seed", -1), ("learning_rate", 0.0), ("shift", -1.0), ("text_dropout", 1.5)),
+        *(("learning_rate", math.inf), ("shift", math.nan), ("image_probability", math.nan)),
+    ],
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"`{name}`={value} must be"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import count_reads, seeded
 from make_tiny_pipeline import make_transformer
 
 from diffusers_magihuman import MagiHumanFlowScheduler
@@ -13,6 +13,7 @@ from diffusers_magihuman.training import (
     flow_matching_loss,
     predict_clean,
     sample_noise_levels,
+    upscale_loss,
 )
 
 
@@ -91,6 +92,15 @@ def test_loss_is_the_error_of_the_velocity():
     torch.testing.assert_close(loss.audio_loss, audio_loss.detach())
     torch.testing.assert_close(loss.loss, 2 * video_loss + 3 * audio_loss)
     assert loss.loss.requires_grad and not loss.video_loss.requires_grad
+
+
+def test_losses_read_each_tensor_once():
+    (latents, *rest), levels = make_batch(), torch.tensor([0.3, 0.9])
+    weights = torch.ones(1)
+    with count_reads() as reads:
+        flow_matching_loss(make_transformer(), latents, *rest, levels, latent_weights=weights)
+        upscale_loss(make_transformer(), latents, latents, *rest, levels)
+    assert len(reads) == len((latents, *rest, levels, weights)) + len((latents, latents, *rest, levels))
 
 
 def test_weights_say_which_positions_count():
@@ -206,9 +216,68 @@ def test_distribution_matching_moves_a_generator_to_the_teacher():
     "arguments, message",
     [
         ({"weighting": "cosine"}, "`weighting`='cosine' must be 'logit_normal' or 'uniform'"),
-        ({"shift": 0.0}, "`shift`=0.0 must be positive"),
+        ({"shift": 0.0}, "`shift`=0.0 must be a number in 0.001 to 1000"),
+        ({"shift": float("nan")}, "`shift`=nan"),
+        ({"batch_size": 10**12}, "`batch_size`=1000000000000 must be an integer in 1 to 1048576"),
     ],
 )
-def test_bad_input_raises(arguments, message):
+def test_wrong_noise_levels_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sample_noise_levels(2, **arguments)
+        sample_noise_levels(**{"batch_size": 2} | arguments)
+
+
+def never(*_args, **_kwargs):
+    pytest.fail("the transformer ran")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"latents": torch.full((2, 8, 3, 4, 4), NAN)}, "`latents` holds NaN"),
+        ({"audio_latents": torch.zeros(1, 9, 8)}, r"`audio_latents` has shape \(1, 9, 8\)"),
+        ({"prompt_embeds": torch.zeros(2, 5, 16).int()}, "`prompt_embeds`=.*floating"),
+        ({"prompt_embeds_mask": torch.full((2, 5), 0.5)}, "`prompt_embeds_mask` must be true or 1"),
+        ({"noise_levels": torch.tensor([0.5])}, r"`noise_levels` has shape \(1,\)"),
+        ({"noise_levels": torch.tensor([0.5, NAN])}, "`noise_levels` holds NaN"),
+        ({"noise_levels": torch.tensor([0.5, 2.0])}, "`noise_levels` must be in 0 to 1, but is in 0.5 to 2"),
+        ({"noise_levels": 0.5}, "`noise_levels`=0.5 must be a dense tensor"),
+        ({"video_weight": NAN}, "`video_weight`=nan"),
+        ({"audio_weight": -1.0}, "`audio_weight`=-1.0"),
+        ({"image_probability": 2.0}, "`image_probability`=2.0 must be a number in 0 to 1"),
+        ({"audio_probability": torch.tensor([0.5, -1.0])}, "`audio_probability` must be in 0 to 1"),
+        ({"latent_weights": torch.ones(2, 1, 2, 4, 4)}, "`latent_weights` has shape .* must have shape"),
+        ({"latent_weights": -torch.ones(1)}, "`latent_weights` must be in 0 to"),
+        ({"latent_weights": torch.tensor([NAN])}, "`latent_weights` holds NaN"),
+    ],
+)
+def test_wrong_batches_raise(arguments, message):
+    names = ("latents", "audio_latents", "prompt_embeds", "prompt_embeds_mask")
+    batch = dict(zip(names, make_batch(), strict=True)) | {"noise_levels": torch.tensor([0.5, 0.8])}
+    with pytest.raises(ValueError, match=message):
+        flow_matching_loss(never, **batch | arguments)
+    if arguments.keys() <= batch.keys():
+        with pytest.raises(ValueError, match=message):
+            upscale_loss(never, low_latents=batch["latents"], **batch | arguments)
+
+
+def test_shapes_that_differ_raise():
+    latents, _, embeds, mask = make_batch()
+    levels = torch.tensor([0.5, 0.8])
+    for mix in (add_noise, predict_clean):
+        with pytest.raises(ValueError, match=r"must have shape \(2, 8, 3, 4, 4\)"):
+            mix(latents, latents[:1], levels)
+        with pytest.raises(ValueError, match="`noise_levels` must be in 0 to 1"):
+            mix(latents, latents, levels + 1)
+    with pytest.raises(ValueError, match="`low_latents` has shape"):
+        upscale_loss(never, latents, latents[:, :, :1], make_batch()[1], embeds, mask, levels)
+    for wrong in (torch.ones(1, 1), torch.full((2, 8), NAN)):
+        with pytest.raises(ValueError, match="`fake_prediction`"):
+            distribution_matching_loss(torch.ones(2, 8), torch.ones(2, 8), wrong)
+    for probability in (2.0, -1, NAN):
+        with pytest.raises(ValueError, match="`probability`="):
+            drop_text(embeds, mask, embeds[:1], probability)
+    with pytest.raises(ValueError, match="`negative_prompt_embeds` has shape"):
+        drop_text(embeds, mask, embeds, 0.5)

@@ -14,6 +14,7 @@ from diffusers_magihuman.conversion import (
     checked_rules,
     convert_tensors,
     convert_transformer_state_dict,
+    find_feed_forward_multiple,
     guess_variant,
     transformer_config_from_state_dict,
     transformer_rules,
@@ -102,9 +103,51 @@ def test_config_is_read_off_the_shapes(case, expected):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "attention_head_dim": 16,
+        "feed_forward_multiple": 1,
         "gated_attention": case != "dit_postnorm",
         **expected,
     }
+
+
+def test_feed_forward_multiple_is_read_off_the_shapes():
+    """The published size is padded to 128; sizes that were padded are kept, whatever 128 would cost."""
+    assert transformer_config_from_state_dict(full_size_state_dict("dit"))["feed_forward_multiple"] == 128
+    sizes = {(64, 168): 1, (48, 128): 128, (64, 256): 128, (64, 192): 32, (64, 170): 5, (64, 160): 1}
+    sizes |= {(5120, 13652): 128, (5120, 13696): 128, (5120, 13824): 256}
+    for (hidden_size, inner_size), multiple in sizes.items():
+        assert find_feed_forward_multiple(hidden_size, [(False, inner_size)]) == multiple, inner_size
+    assert find_feed_forward_multiple(48, [(False, 128), (True, 192)]) == 1  # 256 for the second is too much
+    assert find_feed_forward_multiple(48, [(False, 128), (True, 256)]) == 128
+
+
+PADDED_LAYOUTS = {"canonical": lambda weights: weights, "split": split, "float8": fp8, "ours": convert}
+
+
+@pytest.mark.parametrize("multiple", [100, 128])
+@pytest.mark.parametrize("layout", PADDED_LAYOUTS)
+def test_padding_adds_zero_channels_and_nothing_else(layout, multiple, weights):
+    source = PADDED_LAYOUTS[layout](weights)
+    config = transformer_config_from_state_dict(weights)
+    unpadded, padded = (
+        convert_transformer_state_dict(source, config | {"feed_forward_multiple": each}) for each in (1, multiple)
+    )
+    assert padded.keys() == unpadded.keys()
+    for name, tensor in unpadded.items():
+        is_gelu, found = name.startswith(("transformer_blocks.0.", "transformer_blocks.1.")), padded[name]
+        size = 256 if is_gelu else 168
+        if "linear_in" in name:
+            found = found.unflatten(0, (1 if is_gelu else 2, -1))
+            assert found.shape[1] == -(-size // multiple) * multiple and not found[:, size:].any()
+            found = found[:, :size].flatten(0, 1)
+        elif "linear_out" in name:
+            assert found.shape[1] == -(-size // multiple) * multiple and not found[:, size:].any()
+            found = found[:, :size]
+        assert torch.equal(found, tensor) and found.dtype == tensor.dtype, name
+    config["feed_forward_multiple"] = multiple
+    again = convert_transformer_state_dict(padded, config)  # is padded already
+    assert all(torch.equal(again[name], tensor) for name, tensor in padded.items())
+    with pytest.raises(ValueError, match=r"another shape: .*linear_out"):
+        convert_transformer_state_dict(padded, config | {"feed_forward_multiple": 112})
 
 
 def test_conversion_splits_and_shifts_exactly(weights):
@@ -150,10 +193,20 @@ def test_other_rotary_frequencies_raise(weights):
         convert_transformer_state_dict(weights, config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cast_of_all_tensors_rounds_the_rotary_frequencies(dtype, weights):
+    config = transformer_config_from_state_dict(weights)
+    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    converted = convert_transformer_state_dict(cast, config)
+    assert torch.equal(converted["video_embedder.weight"], cast["adapter.video_embedder.weight"].float())
+    with pytest.raises(ValueError, match="rope_theta"):
+        convert_transformer_state_dict(cast, config | {"rope_theta": 500.0})
+
+
 def test_foreign_state_dict_raises():
     with pytest.raises(
         ValueError,
-        match=r"not a MagiHuman transformer with the original's names, it lacks \['adapter.video_embedder.weight'",
+        match=r"not a MagiHuman transformer with the original's names, it lacks adapter.video_embedder.weight, ",
     ):
         transformer_config_from_state_dict({"model.diffusion_model.x": torch.zeros(1)})
 
@@ -171,8 +224,9 @@ def test_scaled_float8_is_multiplied_out(weights):
                 {key: value for key, value in source.items() if key != name + FP8_SCALE}, rules, torch.float32
             )
         )
-    with pytest.raises(ValueError, match="must have a"):
-        dict(convert_tensors(source | {name: weights[name]}, rules, torch.float32))
+    for tensor, scale in ((weights[name].bfloat16(), source[name + FP8_SCALE]), (source[name], torch.zeros(1))):
+        converted = dict(convert_tensors(source | {name: tensor, name + FP8_SCALE: scale}, rules, torch.float32))
+        assert torch.equal(torch.cat([converted[target] for target in rules[name].targets]), tensor.float() * scale)
     for scale in (torch.tensor(torch.nan), torch.tensor(-1.0), torch.ones(2)):
         with pytest.raises(ValueError, match=r"down_proj\.weight\.__fp8_scale' is"):
             dict(convert_tensors(source | {name + FP8_SCALE: scale}, rules, torch.float32))
@@ -181,22 +235,22 @@ def test_scaled_float8_is_multiplied_out(weights):
 
 
 def test_local_layers_of_super_resolution():
-    layers = set(range(40)) - set(variant_config("sr_1080p", 40)["local_attention_layers"])
+    layers = set(range(40)) - set(variant_config("sr-1080p", 40)["local_attention_layers"])
     assert layers == {3, 7, 11, 15, 19, 23, 27, 31}
-    assert variant_config("sr_540p", 40) == {"coordinate_style": "v1", "local_attention_layers": ()}
-    assert variant_config("distill", 40) == {"coordinate_style": "v2", "local_attention_layers": ()}
+    assert variant_config("sr-540p", 40) == {"coordinate_style": "v1", "local_attention_layers": ()}
+    assert variant_config("distilled", 40) == {"coordinate_style": "v2", "local_attention_layers": ()}
 
 
 @pytest.mark.parametrize(
     "path, subfolder, variant",
     [
-        ("GAIR/daVinci-MagiHuman", "distill", "distill"),
+        ("GAIR/daVinci-MagiHuman", "distill", "distilled"),
         ("GAIR/daVinci-MagiHuman", "base", "base"),
-        ("FastVideo/MagiHuman-Diffusers", "sr_1080p", "sr_1080p"),
-        ("models/magi_human_sr1080_bf16.safetensors", None, "sr_1080p"),
-        ("models/distill/transformer/model.safetensors", None, "distill"),
-        ("x/540p_sr_fp8", None, "sr_540p"),
-        ("models/distill/540p_sr.safetensors", None, "sr_540p"),  # the last part that names one
+        ("FastVideo/MagiHuman-Diffusers", "sr_1080p", "sr-1080p"),
+        ("models/magi_human_sr1080_bf16.safetensors", None, "sr-1080p"),
+        ("models/distill/transformer/model.safetensors", None, "distilled"),
+        ("x/540p_sr_fp8", None, "sr-540p"),
+        ("models/distill/540p_sr.safetensors", None, "sr-540p"),  # the last part that names one
         ("models/distill", "base", "base"),
     ],
 )

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, AutoencoderOobleck
+from diffusers import AutoencoderKLWan, AutoencoderOobleck, ModularPipeline
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class, get_relative_imports
 from golden import load_golden
 from helpers import PROMPT, ROOT, WITHOUT_PACKAGE, make_low, run, upscale
@@ -27,10 +27,10 @@ from diffusers_magihuman import (
 from diffusers_magihuman.loading import load_original_transformer
 from diffusers_magihuman.tools.hub import (
     CARD_VARIANTS,
-    PIPELINES,
+    PIPELINE_MODULES,
+    make_code_file,
     make_licence_note,
     make_model_card,
-    make_pipeline_file,
     write_repository_code,
 )
 
@@ -43,6 +43,10 @@ def hub(tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path_factory):
     for name, pipe in (("tiny", tiny_distilled_pipeline), ("tiny-upscale", tiny_upscale_pipeline)):
         pipe.save_pretrained(root / "magihuman" / name)
         write_repository_code(root / "magihuman" / name)
+    blocks = ModularPipeline.from_pretrained(root / "magihuman" / "tiny", trust_remote_code=True)
+    blocks.load_components()
+    blocks.save_pretrained(root / "magihuman" / "tiny-blocks")
+    write_repository_code(root / "magihuman" / "tiny-blocks")
     with HubServer(root) as server:
         yield server
 
@@ -92,15 +96,20 @@ def call(pipe):
 
 
 def test_every_source_is_imported_by_name(hub):
-    """Diffusers copies of a local directory what `pipeline.py` itself imports, and nothing else."""
-    for name in ("tiny", "tiny-upscale"):
+    """Diffusers copies of a local directory what the file that it runs itself imports, and nothing else."""
+    for name, files in (("tiny", 2), ("tiny-upscale", 2), ("tiny-blocks", 1)):
         folder = hub.root / "magihuman" / name
-        sources = {path.stem for path in folder.glob("*.py")} - {"pipeline"}
-        assert set(get_relative_imports(folder / "pipeline.py")) == sources
-        for source in sources:
-            assert set(get_relative_imports(folder / f"{source}.py")) <= sources
-            text = (folder / f"{source}.py").read_text()
-            assert text == (ROOT / "src" / "diffusers_magihuman" / f"{source}.py").read_text()
+        entries = [path for path in (folder / "modular_blocks.py", folder / "pipeline.py") if path.exists()]
+        assert len(entries) == files
+        for entry in entries:
+            sources = set(get_relative_imports(entry))
+            assert sources < {path.stem for path in folder.glob("*.py")}
+            for source in sources:
+                text = (folder / f"{source}.py").read_text()
+                assert set(re.findall(r"^from\.(\w+) import", text, re.MULTILINE)) <= sources
+                assert not get_relative_imports(folder / f"{source}.py")  # which it would follow again and again
+                original = next((ROOT / "src" / "diffusers_magihuman").rglob(f"{source}.py")).read_text()
+                assert text == re.sub(r"\nfrom \.+(?=\w)", "\nfrom.", original)
 
 
 @pytest.mark.parametrize("pipeline", [MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline])
@@ -108,7 +117,7 @@ def test_pipeline_file_exposes_one_pipeline(pipeline):
     module = ModuleType("pipeline")
     # As when another local directory was loaded before: Diffusers runs both files in the same module.
     module.Earlier = type("Earlier", (MagiHumanAudioVideoPipeline,), {"__module__": "diffusers_modules"})
-    exec(make_pipeline_file(pipeline.__name__, {PIPELINES[pipeline.__name__]}), vars(module))
+    exec(make_code_file([pipeline.__name__], PIPELINE_MODULES, {"files"}), vars(module))
     assert find_pipeline_class(module) is pipeline
 
 
@@ -121,7 +130,12 @@ def test_code_is_written_only_for_our_pipelines(index, tmp_path):
         write_repository_code(tmp_path)
     with pytest.raises(OSError, match=r"model_index\.json"):
         write_repository_code(tmp_path / "nowhere")
-    assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
+    with pytest.raises(ValueError, match="`folder`=None must be a path"):
+        write_repository_code(None)
+    (tmp_path / "modular_model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model_index\.json' must name one of the pipelines"):
+        write_repository_code(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model_index.json", "modular_model_index.json"}
 
 
 def test_repositories_load_without_the_package(hub, tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path):
@@ -150,6 +164,61 @@ for source in {[str(hub.root / "magihuman") + "/", "magihuman/"]!r}:
         assert torch.equal(output[0], expected[name].frames) and torch.equal(output[1], expected[name].audio)
 
 
+def test_blocks_load_without_the_package(hub, tiny_distilled_pipeline, tiny_upscale_pipeline, tmp_path):
+    """As above; also a preset, and a repository that blocks were saved to."""
+    results, _ = run_script(
+        hub,
+        tmp_path,
+        f"""
+from diffusers import ModularPipeline
+def call_blocks(pipe):
+    size = {{"height": 64, "width": 96, **low}}
+    if "Upscale" not in type(pipe).__name__:
+        size = {{"height": 64, "width": 64, "num_frames": 9}}
+    pipe.load_components()
+    inputs = {{"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}}
+    output = pipe(prompt={PROMPT!r}, **size, **inputs, output=["latents", "audio_latents"], output_type="latent")
+    return [*output.values()]
+for name, workflow in (({str(hub.root / "magihuman" / "tiny-upscale")!r}, None), ("magihuman/tiny", "text2video"),
+                       ("magihuman/tiny-blocks", None)):
+    try:
+        ModularPipeline.from_pretrained(name)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    else:
+        raise RuntimeError("Code was run that nobody trusted.")
+    pipe = ModularPipeline.from_pretrained(name, workflow=workflow, trust_remote_code=True)
+    assert type(pipe).__module__.split(".")[0] == "diffusers_modules"
+    assert ("vae_encoder" in pipe.blocks.sub_blocks) == (workflow is None)
+    results[name.split("/")[-1]] = call_blocks(pipe)
+""",
+    )
+    assert len(results) == 3
+    expected = {"tiny": run(tiny_distilled_pipeline), "tiny-upscale": upscale(tiny_upscale_pipeline)}
+    for name, output in results.items():
+        frames, audio = expected[name.replace("-blocks", "")].to_tuple()
+        assert torch.equal(output[0], frames) and torch.equal(output[1], audio)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_down", [False, True])
+def test_cards_say_how_a_repository_with_its_code_loads_offline(is_down, hub, tiny_distilled_pipeline, tmp_path):
+    call = """
+from huggingface_hub import snapshot_download
+pipe = DiffusionPipeline.from_pretrained({source}, custom_pipeline="pipeline", trust_remote_code=True)
+results["output"] = call(pipe)
+"""
+    download = 'snapshot_download("magihuman/tiny")'
+    card = make_model_card("distilled", "magihuman/tiny")
+    assert f"`huggingface_hub.{download}`" in card and "`local_files_only=True`" in card
+    run_script(hub, tmp_path, call.format(source=download))
+    offline = download.replace(")", ", local_files_only=True)")
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9"} if is_down else {"HF_HUB_OFFLINE": "1"}
+    results, _ = run_script(hub, tmp_path, call.format(source=offline), **environment)
+    expected = run(tiny_distilled_pipeline)
+    assert torch.equal(results["output"][0], expected.frames) and torch.equal(results["output"][1], expected.audio)
+
+
 # The Hub
 
 
@@ -164,7 +233,7 @@ def test_repositories_load_with_the_package(hub, tiny_distilled_pipeline, tiny_u
         "--dtype",
         "float32",
     ]
-    command += ["--with-text-encoder", "--with-vaes", "--push-to-hub", "someone/magihuman-distill"]
+    command += ["--with-text-encoder", "--with-vaes", "--push-to-hub", "someone/magihuman-distilled"]
     results, printed = run_script(
         hub,
         tmp_path,
@@ -177,7 +246,7 @@ for name in ("tiny", "tiny-upscale"):
     results[name] = call(pipe)
     results[f"{{name}} again"] = call(DiffusionPipeline.from_pretrained(f"magihuman/{{name}}", local_files_only=True))
 assert main({command!r}) == 0
-results["pushed"] = call(DiffusionPipeline.from_pretrained("someone/magihuman-distill"))
+results["pushed"] = call(DiffusionPipeline.from_pretrained("someone/magihuman-distilled"))
 """,
         HF_TOKEN="hf_secret_of_the_test",
     )
@@ -187,9 +256,9 @@ results["pushed"] = call(DiffusionPipeline.from_pretrained("someone/magihuman-di
             assert torch.equal(results[key][0], output.frames) and torch.equal(results[key][1], output.audio)
     assert results["pushed"][0].shape == (1, 4, 3, 4, 4) and results["pushed"][1].shape == (1, 9, 8)
     assert "hf_secret_of_the_test" not in printed
-    pushed = hub.root / "someone" / "magihuman-distill"
+    pushed = hub.root / "someone" / "magihuman-distilled"
     assert json.loads((pushed / "model_index.json").read_text())["is_distilled"]
-    assert '"someone/magihuman-distill"' in (pushed / "README.md").read_text()
+    assert '"someone/magihuman-distilled"' in (pushed / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +326,7 @@ def test_cards_are_complete(variant):
     data = ModelCard(card).data
     assert data.library_name == "diffusers" and data.license == "apache-2.0" and len(set(data.tags)) == len(data.tags)
     assert data.base_model == "GAIR/daVinci-MagiHuman"
-    tags = {"base": "text-to-video", "distill": "text-to-video", "turbo-vae": None}
+    tags = {"base": "text-to-video", "distilled": "text-to-video", "turbo-vae": None}
     assert data.pipeline_tag == tags.get(variant, "video-to-video")
     for part in ("## Use", "## Hardware", "## Limits", "## Responsible use", "## Licence", "## Citation"):
         assert part in card

@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import load_golden_weights
-from layouts import split
+from layouts import FLOAT8_SCALES, float8, split
+from safetensors.torch import save_file
 
 from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanFlowScheduler, MagiHumanTransformer3DModel
 from diffusers_magihuman.conversion import convert_transformer_state_dict, transformer_config_from_state_dict
@@ -29,8 +31,8 @@ def linears(weights):
     return {name: weights[f"{name}.weight"] for name in names}
 
 
-def make_pipeline(weights):
-    config = transformer_config_from_state_dict(weights)
+def make_pipeline(weights, **config):
+    config = transformer_config_from_state_dict(weights) | config
     transformer = MagiHumanTransformer3DModel(**config).eval()
     transformer.load_state_dict(convert_transformer_state_dict(weights, config))
     return MagiHumanAudioVideoPipeline(None, None, transformer, MagiHumanFlowScheduler(), None, None)
@@ -130,6 +132,37 @@ def test_dora(layout, shape):
     assert_close(predict(pipe), predict(make_pipeline(add_changes(weights, changes))))
 
 
+@pytest.mark.parametrize("kind", ["factors", "dora", "diff"])
+@pytest.mark.parametrize("names", ["canonical", "split", "ours", "padded"])
+def test_padded_feed_forwards(names, kind):
+    """A LoRA of the original's sizes, or trained at the padded ones, changes what it changes without padding."""
+    weights = load_weights("split" if names == "split" else "canonical")
+    modules = linears(weights)
+    lora, changes = make_lora(modules)
+    if kind == "diff":
+        lora = {f"{name}.diff": change for name, change in changes.items()}
+    elif kind == "dora":
+        lora |= {f"{name}.dora_scale": weight.norm(dim=1) * 1.1 for name, weight in modules.items()}
+    pipe, padded = make_pipeline(weights), make_pipeline(weights, feed_forward_multiple=128)
+    pipe.load_lora_weights(lora)
+    expected = predict(pipe)
+    if names in ("ours", "padded"):
+        of = padded if names == "padded" else pipe
+        tensors, alphas = convert_lora_state_dict(lora, of.transformer.config)
+        lora = tensors | {name: torch.tensor(alpha) for name, alpha in alphas.items()}
+    padded.load_lora_weights(lora)
+    assert padded.transformer.transformer_blocks[2].ff.linear_out.weight.shape == (64, 256)
+    assert_close(predict(padded), expected)
+    padded.fuse_lora(safe_fusing=True)
+    assert_close(predict(padded), expected)
+    padded.unfuse_lora()
+    assert_close(predict(padded), expected)
+    wrong = {name: F.pad(value, (0, 0, 0, 4)) for name, value in lora.items() if name.endswith("in.lora_B.weight")}
+    if wrong:
+        with pytest.raises(ValueError, match=r"tensors of another shape: .*ff"):
+            convert_lora_state_dict(lora | wrong, padded.transformer.config)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_full_rank(layout):
     """As tools extract LoRAs from a finetuned model: also zeros for norms and biases that did not change."""
@@ -168,14 +201,26 @@ def kinds(a, b):
     return lambda module, *kind: f"{module}.{ {'lora_A': a, 'lora_B': b}[kind[0]] if len(kind) > 1 else 'alpha' }"
 
 
+def processors(module, *kind):
+    if len(kind) == 1:
+        return f"{module}.alpha"
+    parent, dot, name = module.rpartition(".")
+    return f"{parent}{dot and '.processor.'}{name}_lora.{'down' if kind[0] == 'lora_A' else 'up'}.weight"
+
+
 PREFIXES = ["transformer.", "diffusion_model.", "model.diffusion_model.", "model.", "base_model.model.", "dit."]
-PREFIXES += ["pipe.dit.", "module.", "_orig_mod.", "transformer._orig_mod."]
+PREFIXES += ["unet.", "net.", "student.", "pipe.dit.", "module.", "_orig_mod.", "transformer._orig_mod."]
 SPELLINGS = {
     **{prefix: prefixed(prefix) for prefix in PREFIXES},
-    **{prefix: flat(prefix) for prefix in ("lora_unet_", "lora_transformer_", "lycoris_")},
+    **{prefix: flat(prefix) for prefix in ("lora_unet_", "lora_dit_", "lora_transformer_", "lycoris_")},
     "kohya": kinds("lora_down.weight", "lora_up.weight"),
     "older Diffusers": kinds("lora.down.weight", "lora.up.weight"),
     "raw PEFT": kinds("lora_A.default.weight", "lora_B.default.weight"),
+    "without weight": kinds("lora_A", "lora_B"),
+    "raw PEFT without weight": kinds("lora_A.default", "lora_B.default"),
+    "raw PEFT with a name": kinds("lora_A.my-style.weight", "lora_B.my-style.weight"),
+    "old Diffusers": kinds("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    "processors": processors,
 }
 
 
@@ -196,6 +241,46 @@ def test_spellings(spelling, names):
     tensors, alphas = convert_lora_state_dict(respelt, config)
     assert_same_tensors(tensors, expected[0])
     assert alphas == pytest.approx(expected[1])
+    numbers = {name: value.item() if name.endswith(".alpha") else value for name, value in respelt.items()}
+    assert convert_lora_state_dict(numbers, config)[1] == alphas
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("spelling", [None, *FLOAT8_SCALES])
+def test_float8(spelling, dtype):
+    weights = load_weights()
+    config = transformer_config_from_state_dict(weights)
+    lora, expected = float8(make_lora(linears(weights))[0], spelling, dtype)
+    lora = {f"model.diffusion_model.{name}": tensor for name, tensor in lora.items()}
+    tensors, alphas = convert_lora_state_dict(lora, config)
+    expected, expected_alphas = convert_lora_state_dict(expected, config)
+    assert_same_tensors(tensors, expected)
+    assert alphas == expected_alphas
+
+
+BAD_ARGUMENTS = {
+    "revison": "main",
+    "adapter_name": 5,
+    "adapter_name ": "a.b",
+    "adapter_name  ": "keys",
+    "hotswap": 1,
+    "low_cpu_mem_usage": "yes",
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_arguments_are_checked_first(name, unchanged_pipe):
+    key = name.strip()
+    with pytest.raises(TypeError if key == "revison" else ValueError, match=f"[`']{key}[`']"):
+        unchanged_pipe.load_lora_weights({}, **{key: BAD_ARGUMENTS[name]})
+
+
+@pytest.mark.parametrize("metadata", ["5", '{"transformer.r": 2}', '{"r": "x", "lora_alpha": 1}', "["])
+def test_damaged_metadata_loads_nothing(metadata, unchanged_pipe, tmp_path):
+    lora, _ = make_lora(linears(load_weights()))
+    save_file(lora, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": metadata})
+    with pytest.raises((ValueError, OSError), match=r"`r`|lora_alpha|cannot be read"):
+        unchanged_pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
 
 
 def test_warns_of_an_alpha_that_is_not_read(caplog):
@@ -372,7 +457,7 @@ def make_bad_loras():
         "foreign in Diffusers": ({f"transformer.{name}": value for name, value in wan.items()}, "unknown"),
         "partly foreign": (good | wan, r"blocks\.0\.self_attn\.q"),
         "another kind": (good | {f"{MODALITY_QKV}.hada_w1_a": torch.ones(2, 2)}, "hada_w1_a"),
-        "no tensor": (good | {f"{SHARED_UP_GATE}.alpha": 1.0}, "alpha"),
+        "no number": (good | {f"{SHARED_UP_GATE}.alpha": "1"}, "alpha"),
         "rows of one expert": (
             good | {f"{MODALITY_QKV}.lora_B.weight": torch.ones(132, 2)},
             r"linear_qkv \(lora_B\.weight \(132, 2\), allowed: \(396, 2\)\)",
@@ -402,6 +487,19 @@ def make_bad_loras():
             pair | {f"{SHARED_UP_GATE}.dora_scale": torch.ones(336), f"{SHARED_UP_GATE}.lora_B.bias": torch.ones(336)},
             "lora_bias",
         ),
+        "kohya text encoder": (good | {"lora_te_text_model.lora_down.weight": torch.ones(2, 2)}, "unknown.*lora_te_"),
+        "NaN": (good | {f"{MODALITY_QKV}.lora_A.weight": torch.full((2, 64), torch.nan)}, "not finite.*linear_qkv"),
+        "alpha": (good | {f"{MODALITY_QKV}.alpha": torch.tensor(1e30)}, "alphas too large.*linear_qkv"),
+        "integers": (good | {f"{MODALITY_QKV}.lora_A.weight": torch.ones(2, 64, dtype=torch.int8)}, "floating dtype"),
+        "complex": (good | {f"{MODALITY_QKV}.alpha": torch.tensor(1j)}, "floating dtype"),
+        "no data": (good | {f"{MODALITY_QKV}.lora_A.weight": torch.ones(2, 64, device="meta")}, "not finite"),
+        "huge rank": (
+            good | {f"{MODALITY_QKV}.lora_A.weight": torch.ones(1).expand(10**9, 64)},
+            r"another shape.*linear_qkv",
+        ),
+        "no string": ({**good, 5: torch.ones(1)}, "strings as names"),
+        "scale of nothing": (good | {f"{MODALITY_QKV}.lora_C.weight_scale": torch.ones(1)}, "unknown.*lora_C"),
+        "negative scale": (good | {f"{MODALITY_QKV}.lora_A.weight_scale": -torch.ones(1)}, "not negative"),
         "empty": ({}, "no tensors"),
         "zeros": ({f"{norm}.diff": torch.zeros(192)}, "changes nothing"),
     }
@@ -550,3 +648,9 @@ def test_hotswap_of_what_does_not_fit_leaves_the_adapter():
     with pytest.raises(ValueError, match="no existing adapter by that name"):
         pipe.load_lora_weights(make_lora(module)[0], adapter_name="other", hotswap=True)
     assert torch.equal(predict(pipe), expected)
+
+
+@pytest.mark.parametrize("source, options", [("/no/such/dir", {}), (".", {"weight_name": "none.safetensors"})])
+def test_missing_files_are_not_called_damaged(source, options, unchanged_pipe):
+    with pytest.raises(OSError, match=f"^'{source}' cannot be read: "):
+        unchanged_pipe.load_lora_weights(source, **options)

@@ -11,8 +11,10 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from helpers import make_inputs, make_tiny_model
+from torch._subclasses import FakeTensorMode
 
 from diffusers_magihuman import transformer_magihuman
+from diffusers_magihuman.transformer_magihuman import MagiHumanAttnProcessor
 
 # Those that run on a CPU, and those that take no mask, which Diffusers says by name.
 CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")
@@ -91,6 +93,56 @@ def test_backend_may_differ_between_blocks():
     assert backends == [None, AttentionBackendName._NATIVE_MATH, None]
     with attention_backend("_native_flash"):
         torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=0)
+
+
+class RepeatingProcessor(MagiHumanAttnProcessor):
+    """Gives every query head its own key and value head."""
+
+    def _attend(self, query, key, value, attention_mask):
+        num_groups = query.shape[2] // key.shape[2]
+        key, value = key.repeat_interleave(num_groups, dim=2), value.repeat_interleave(num_groups, dim=2)
+        return super()._attend(query, key, value, attention_mask)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@torch.no_grad()
+def test_grouped_heads_are_exact(is_masked):
+    model, inputs = make_model(), make_inputs(batch_size=3, num_frames=4)
+    mask = make_mask() if is_masked else None
+    expected = run(model, inputs, mask)
+    model.set_attn_processor(RepeatingProcessor())
+    assert torch.equal(run(model, inputs, mask), expected)
+
+
+UNGROUPED = {"_native_efficient", "_native_npu", "_native_xla", "sage_blackwell_hub", "xformers"}
+
+
+@pytest.mark.parametrize(
+    "device, dtype, is_masked, ungrouped",
+    [
+        ("cpu", torch.float32, True, UNGROUPED),
+        ("cuda", torch.bfloat16, False, UNGROUPED),
+        ("cuda", torch.bfloat16, True, UNGROUPED | {"native"}),
+        ("cuda", torch.float32, False, UNGROUPED | {"native"}),
+    ],
+)
+def test_heads_are_repeated_where_a_backend_does_not_group_them(device, dtype, is_masked, ungrouped, monkeypatch):
+    heads, processor = {}, MagiHumanAttnProcessor()
+
+    def record(query, key, value, enable_gqa, backend, **_):
+        heads[backend.value] = key.shape[2], value.shape[2], enable_gqa
+        return query
+
+    monkeypatch.setattr(transformer_magihuman, "dispatch_attention_fn", record)
+    with FakeTensorMode():
+        query, key = (torch.empty(1, 3, num_heads, 8, device=device, dtype=dtype) for num_heads in (4, 2))
+        mask = torch.ones(1, 1, 1, 3, device=device, dtype=torch.bool) if is_masked else None
+        for processor._attention_backend in AttentionBackendName:
+            processor._attend(query, key, key, mask)
+    expected = {
+        each.value: (4, 4, False) if each.value in ungrouped else (2, 2, True) for each in AttentionBackendName
+    }
+    assert heads == expected
 
 
 # Least cosine with native's result in bfloat16; sage computes products in 8 bits.

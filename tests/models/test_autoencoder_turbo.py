@@ -198,10 +198,10 @@ def test_tiling_and_slicing_together(tiny_vae):
     torch.testing.assert_close(tiny_vae.decode(z).sample, expected, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [0, -16, 24, 32.0])
+@pytest.mark.parametrize("size", [0, -16, 24, 32.0, True])
 def test_tile_size_errors(size, tiny_vae):
     for name in ("tile_sample_min_height", "tile_sample_min_width"):
-        with pytest.raises(ValueError, match=f"`{name}`={size!r} must be a positive multiple of 16"):
+        with pytest.raises(ValueError, match=f"`{name}`={size!r} must be (a multiple of 16|an integer)"):
             tiny_vae.enable_tiling(**{name: size})
     assert not tiny_vae.use_tiling
 
@@ -326,21 +326,57 @@ def test_ratios_follow_from_the_blocks():
 
 
 @pytest.mark.parametrize(
-    "argument, value",
+    "argument, value, message",
     [
-        ("decoder_layers_per_block", (1, 1)),
-        ("decoder_spatio_temporal_scaling", (True,)),
-        ("decoder_spatio_only", (True,)),
-        ("decoder_is_dw_conv", (True,)),
+        ("decoder_layers_per_block", (1, 1), "must be a list or tuple of 5 entries"),
+        ("decoder_layers_per_block", (1, 1, 1, 1, 10**7), "=10000000 must be an integer in 0 to 64"),
+        ("decoder_layers_per_block", (1, 1, 1, 1, "8"), "='8' must be an integer"),
+        ("decoder_spatio_temporal_scaling", (True,), "must be a list or tuple of 4 entries"),
+        ("decoder_spatio_only", (True,), "must be a list or tuple of 4 entries"),
+        ("decoder_is_dw_conv", (True,), "must be a list or tuple of 5 entries"),
+        ("decoder_is_dw_conv", [True, 1, True, True, True], "=1 must be True or False"),
+        ("decoder_block_out_channels", (4, 4, 8, 10**9), "=1000000000 must be an integer in 1 to 4096"),
+        ("decoder_block_out_channels", (4, 4, 8, -8), "=-8"),
+        ("decoder_block_out_channels", (), "must be a list or tuple of 1 or 2 or"),
+        ("decoder_dw_kernel_size", 4, "=4 must be 1 or 3 or 5"),
+        ("latent_channels", 4, "must be a list or tuple of 4 or 48 entries"),
+        ("latents_mean", (torch.nan,) * 8, "=nan must be a number"),
+        ("latents_std", (0.0,) * 8, "=0.0 must be a number"),
+        ("first_chunk_size", 0, "=0 must be an integer in 1 to"),
+        ("encoder_base_dim", "8", "='8' must be an integer"),
+        ("encoder_base_dim", 4096, "too many for the layers"),
+        ("encoder_dim_mult", (1, 3, 7, 4), "3 must divide 8"),
     ],
 )
-def test_config_errors(argument, value):
-    with pytest.raises(ValueError, match=f"`{argument}` must have"):
-        AutoencoderKLMagiHumanTurbo(**{**TINY, argument: value})
+def test_config_errors(argument, value, message):
+    config = {**TINY, "encoder_base_dim": 4} | {argument: value}
+    with pytest.raises(ValueError, match=message):
+        AutoencoderKLMagiHumanTurbo(**config)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 8, 2, 2), r"`z` has shape \(1, 8, 2, 2\), but must have shape \(any, 8, any, any, any\)"),
+        ((1, 3, 2, 2, 2), "`z` has shape"),
+        ((1, 8, 0, 2, 2), "no size 0"),
+    ],
+)
+def test_decode_errors(shape, message, tiny_vae):
+    for decode in (tiny_vae.decode, tiny_vae.decode_windows):
+        with pytest.raises(ValueError, match=message):
+            decode(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"`z`=.*torch.int64 must be a dense tensor of a floating dtype"):
+            decode(torch.zeros(1, 8, 2, 2, 2, dtype=torch.int64))
 
 
 def test_encode_errors(tiny_vae):
     with pytest.raises(ValueError, match=r"4 \* k \+ 1 frames, but has shape \(1, 3, 4, 16, 16\)"):
         tiny_vae.encode(torch.zeros(1, 3, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"multiples of 16 .*, but has shape \(1, 3, 1, 40, 16\)"):
+        tiny_vae.encode(torch.zeros(1, 3, 1, 40, 16))
+    for wrong in (torch.zeros(1, 4, 1, 16, 16), torch.zeros(3, 1, 16, 16), torch.zeros(1, 3, 1, 16, 16).int(), None):
+        with pytest.raises(ValueError, match="`x`"):
+            tiny_vae.encode(wrong)
     with pytest.raises(ValueError, match=r"no encoder.*encoder="):
         AutoencoderKLMagiHumanTurbo(**TINY).encode(torch.zeros(1, 3, 1, 16, 16))

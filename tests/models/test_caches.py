@@ -9,7 +9,7 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from diffusers.hooks import SeaCacheConfig
+from diffusers.hooks import SeaCacheConfig, TextKVCacheConfig
 from helpers import assert_same, make_inputs, make_tiny_model, run, upscale
 
 STEPS = 4
@@ -29,6 +29,10 @@ CACHES = {
     "taylorseer": (
         lambda _: TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1),
         lambda _: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    ),
+    "taylorseer lite": (
+        lambda _: TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1, use_lite_mode=True),
+        lambda _: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, use_lite_mode=True),
     ),
     "sea": (lambda _: SeaCacheConfig(threshold=0.0), lambda _: SeaCacheConfig(threshold=1e3)),
     "pyramid": (
@@ -137,6 +141,50 @@ def test_cache_that_joins_the_branches_raises():
         model.enable_cache(FasterCacheConfig(current_timestep_callback=lambda: 500))
     assert not model.is_cache_enabled
     assert not any(hasattr(module, "_diffusers_hook") for module in model.modules())
+
+
+@torch.no_grad()
+def test_lite_taylorseer_predicts_the_velocity():
+    """Of inputs that change on a line, as the full mode does and near what is computed; it was zero."""
+    model, inputs = make_tiny_model(local_attention_layers=(1,), local_attention_frames=1), make_inputs()
+    steps = [[states * (1 + 0.01 * step) for states in inputs] for step in range(5)]
+    expected = [model(*step, return_dict=False) for step in steps]
+    errors = {}
+    for is_lite in (False, True):
+        options = {"cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
+        model.enable_cache(TaylorSeerCacheConfig(use_lite_mode=is_lite, **options))
+        with model.cache_context("cond"):
+            outputs = [model(*step, return_dict=False) for step in steps]
+        model.disable_cache()
+        pairs = zip(zip(*outputs, strict=True), zip(*expected, strict=True), strict=True)
+        errors[is_lite] = max(
+            max(((out - exact).norm() / exact.norm()).item() for out, exact in zip(*pair, strict=True))
+            for pair in pairs
+        )
+    assert 0 < errors[True] < 0.01 and errors[False] < 0.01
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (None, "not supported"),
+        (TextKVCacheConfig(), "names no part of this transformer"),
+        (TaylorSeerCacheConfig(cache_identifiers=["proj_out"]), "names no part of this transformer"),
+        (TaylorSeerCacheConfig(cache_interval=0), "`cache_interval`=0 must be an integer in 1"),
+        (TaylorSeerCacheConfig(disable_cache_before_step=0), "`disable_cache_before_step`=0"),
+        (FirstBlockCacheConfig(threshold=float("nan")), "`threshold`=nan"),
+        (
+            PyramidAttentionBroadcastConfig(temporal_attention_block_skip_range=2, current_timestep_callback=int),
+            "names no part of this transformer",
+        ),
+    ],
+)
+def test_cache_that_finds_nothing_raises(config, message):
+    model = make_tiny_model()
+    with pytest.raises(ValueError, match=message):
+        model.enable_cache(config)
+    assert not model.is_cache_enabled
+    model.enable_cache(FirstBlockCacheConfig())
 
 
 @torch.no_grad()

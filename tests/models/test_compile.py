@@ -60,7 +60,7 @@ def test_one_graph_serves_all_lengths_with_masks_local_layers_and_fused_projecti
 
 @torch.no_grad()
 def test_lengths_become_dynamic_when_they_first_change():
-    model = make_tiny_model(num_layers=1)
+    model = make_tiny_model(num_layers=1, modality_layers=(0,))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for lengths in (LENGTHS[0], LENGTHS[3]):
         assert_equal_outputs(model, compiled, **lengths)
@@ -72,7 +72,8 @@ def test_lengths_become_dynamic_when_they_first_change():
 
 @torch.no_grad()
 def test_narrow_local_layers_compile_once_for_a_number_of_frames():
-    model = make_tiny_model(**LOCAL, num_layers=1, local_attention_frames=1)
+    local = LOCAL | {"local_attention_layers": (0,)}
+    model = make_tiny_model(**local, num_layers=1, modality_layers=(0,), local_attention_frames=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     assert_equal_outputs(model, compiled, num_frames=4)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -1,6 +1,7 @@
 """Every way to hold weights or to decode in parts gives the output of the model that is in memory as a whole."""
 
 import copy
+import gc
 import re
 
 import numpy as np
@@ -10,8 +11,10 @@ from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from helpers import assert_equal, generate, round_to_float8
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline, make_transformer, make_turbo_vae
+from peft import LoraConfig
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanTransformer3DModel
+from diffusers_magihuman.files import LOCK_NAME
 
 CPU = torch.device("cpu")
 PIPELINES = {"base": make_tiny_pipeline, "upscale": make_tiny_upscale_pipeline}
@@ -84,7 +87,108 @@ def test_group_offload(group, to_disk, is_float8, model, tmp_path):
     path = str(tmp_path) if to_disk else None
     model.enable_group_offload(CPU, **GROUPS[group], offload_to_disk_path=path)
     assert_gives(model, expected)
-    assert len(list(tmp_path.iterdir())) >= 3 * to_disk  # a file for each block at least
+    assert len(list(tmp_path.rglob("*.safetensors"))) >= 3 * to_disk  # a file for each block at least
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_models_share_a_folder_on_disk(group, tmp_path):
+    """Each has its own files in it, which go with the model; those of a process that was killed go too."""
+    stale = tmp_path / ".weights.abc.incomplete"
+    stale.mkdir()
+    (stale / LOCK_NAME).touch()
+    for num_models in (2, 1):
+        models = [make_transformer(**CONFIG) for _ in range(num_models)]
+        expected = [run(model) for model in models]
+        for model in models:
+            model.enable_group_offload(CPU, **GROUPS[group], offload_to_disk_path=str(tmp_path / "new"))
+        for _ in range(2):
+            for model, output in zip(models, expected, strict=True):
+                assert_gives(model, output)
+        assert len(list((tmp_path / "new").iterdir())) == num_models
+        del model, models
+        gc.collect()
+        assert not list((tmp_path / "new").iterdir())
+    vae = make_turbo_vae()
+    z = torch.randn(1, 8, 2, 1, 2)
+    with torch.no_grad():
+        decoded = vae.decode(z).sample
+        vae.enable_group_offload(CPU, **GROUPS[group], offload_to_disk_path=tmp_path)
+        assert torch.equal(vae.decode(z).sample, decoded)
+    assert not stale.exists()
+
+
+def test_weights_on_disk_are_neither_saved_nor_changed(model, tmp_path):
+    expected = run(model)
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    model.enable_group_offload(CPU, **GROUPS["leaf_level"], offload_to_disk_path=str(tmp_path / "disk"))
+    for change in (
+        lambda: model.save_pretrained(tmp_path / "saved"),
+        lambda: model.push_to_hub("owner/name"),
+        lambda: model.add_adapter(lora),
+        lambda: model.load_lora_adapter({"transformer.x": torch.ones(1)}),
+        model.fuse_lora,
+        model.unload_lora,
+        model.fuse_qkv_projections,
+    ):
+        with pytest.raises(ValueError, match="Weights on disk can neither be saved nor changed"):
+            change()
+    assert not (tmp_path / "saved").exists()
+    assert_gives(model, expected)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_pipelines_share_a_folder_on_disk(group, tmp_path):
+    """The text encoder and Wan's autoencoder, whose own methods know nothing of it, read no other's weights either."""
+    for seed in (1, 2):
+        pipe = make_tiny_pipeline(use_wan_vae=True)
+        torch.manual_seed(seed)
+        for parameter in (*pipe.text_encoder.parameters(), *pipe.vae.parameters()):
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        expected = generate(pipe)
+        options = {"exclude_modules": ["audio_vae"], "offload_to_disk_path": str(tmp_path / "disk")}
+        pipe.enable_group_offload(CPU, **GROUPS[group], **options)
+        assert_equal(generate(pipe), expected)
+        with pytest.raises(ValueError, match="Weights on disk"):
+            pipe.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists() and list((tmp_path / "disk").iterdir())
+        del pipe
+        gc.collect()
+        assert not list((tmp_path / "disk").iterdir())
+
+
+def test_a_lora_is_not_saved_as_a_part_of_the_model(model, tmp_path):
+    expected = run(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "0.attn.audio.to_k"], init_lora_weights=False))
+    adapted = run(model)
+    for change in (lambda: None, model.fuse_lora):
+        change()
+        for save in (
+            model.check_is_saveable,
+            lambda: model.save_pretrained(tmp_path),
+            lambda: model.push_to_hub("a/b"),
+        ):
+            with pytest.raises(ValueError, match=r"call `fuse_lora\(\)`.* `unload_lora\(\)` first"):
+                save()
+    assert not list(tmp_path.iterdir())
+    assert not torch.equal(adapted.sample, expected.sample)
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    assert_gives(MagiHumanTransformer3DModel.from_pretrained(tmp_path), adapted, tolerance=1e-5)
+
+
+def test_a_lora_comes_before_float8_storage(model):
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    late, rounded = copy.deepcopy(model), round_to_float8(copy.deepcopy(model))
+    for each in (model, rounded):
+        torch.manual_seed(1)
+        each.add_adapter(lora)
+    expected = run(rounded)
+    for each in (model, late):
+        each.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert_gives(model, expected)
+    for change in (lambda: late.add_adapter(lora), lambda: late.load_lora_adapter({}), model.fuse_lora):
+        with pytest.raises(ValueError, match="Weights in float8 take no LoRA: load or fuse it before"):
+            change()
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -126,6 +230,24 @@ def test_device_map_with_disk(make, model_class, tmp_path):
         video, z = torch.randn(1, 3, 5, 32, 32), torch.randn(1, 8, 2, 1, 2)
         assert torch.equal(loaded.decode(z).sample, model.decode(z).sample)
         assert torch.equal(loaded.encode(video).latent_dist.mode(), model.encode(video).latent_dist.mode())
+
+
+@torch.no_grad()
+def test_models_with_device_maps_share_a_folder(tmp_path):
+    models = [make_transformer(**CONFIG) for _ in range(2)]
+    loaded = []
+    for model in models:
+        model.save_pretrained(tmp_path / "model")
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        memory = {"max_memory": {"cpu": int(0.7 * size)}, "offload_folder": tmp_path / "offloaded"}
+        loaded.append(MagiHumanTransformer3DModel.from_pretrained(tmp_path / "model", device_map="auto", **memory))
+    for each, model in zip(loaded, models, strict=True):
+        assert_gives(each, run(model))
+    with pytest.raises(ValueError, match="Offloaded weights cannot be saved"):
+        loaded[0].save_pretrained(tmp_path / "saved")
+    del each, loaded
+    gc.collect()
+    assert not list((tmp_path / "offloaded").iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers.utils import constants
@@ -156,3 +157,17 @@ def test_attention_processors_are_exchanged_one_by_one_and_together():
         model.set_attn_processor({names[0]: MagiHumanAttnProcessor()})
     model.set_attn_processor(original)
     assert torch.equal(model(*inputs).sample, expected)
+
+
+@pytest.mark.parametrize("make", [make_tiny_model, make_turbo_vae])
+def test_configs_of_numpys_numbers_are_saved(make, tmp_path):
+    model = make()
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    of_numpy = {
+        name: [np.asarray(item)[()] for item in value] if isinstance(value, tuple | list) else np.asarray(value)[()]
+        for name, value in config.items()
+        if value is not None
+    }
+    type(model)(**of_numpy).save_config(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name: saved[name] for name in config} == json.loads(json.dumps(config))

@@ -17,15 +17,18 @@ from diffusers import (
     ParallelConfig,
     TensorParallelConfig,
 )
+from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
 from helpers import make_inputs, make_low, make_tiny_model, run, upscale
 from make_tiny_pipeline import make_tiny_pipeline, make_tiny_upscale_pipeline
 from peft import LoraConfig
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from diffusers_magihuman import MagiHumanTransformer3DModel, parallel
 
 # What the processes share by being forked from one that has it.
 IMPORTS = ["diffusers_magihuman", "diffusers.models.autoencoders", "transformers.models.t5gemma", "peft", "pytest"]
+PADDED = {"num_attention_heads": 8, "feed_forward_multiple": 96}
 PROMPTS = ["A woman says hello.", "No.", "A man with a grey beard laughs."]
 
 
@@ -94,7 +97,9 @@ def grouped_heads():
         return exchange(group, states, *dims)
 
     for num_key_value_heads, sent in ((1, {2: 2, 4: 4}), (3, {2: 6, 4: 12}), (4, {2: 4, 4: 4}), (12, {2: 12, 4: 12})):
-        model = make_tiny_model(num_attention_heads=12, num_key_value_heads=num_key_value_heads, num_layers=1)
+        model = make_tiny_model(
+            num_attention_heads=12, num_key_value_heads=num_key_value_heads, num_layers=1, modality_layers=(0,)
+        )
         inputs = make_inputs()
         expected = model(*inputs, return_dict=False)
         enable(model)
@@ -173,7 +178,7 @@ def tensor_parallel():
     inputs, world_size = (*make_inputs(2), mask), dist.get_world_size()
     local = {"local_attention_layers": (1,), "local_attention_frames": 1}
     differences = []
-    for config in ({"post_norm_layers": (2,)}, {"gated_attention": False}, {"num_attention_heads": 8}):
+    for config in ({"post_norm_layers": (2,)}, {"gated_attention": False}, {"num_attention_heads": 8}, PADDED):
         model = make_tiny_model(num_key_value_heads=4, **local, **config)
         expected = model(*inputs, return_dict=False)
         whole = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer_blocks]
@@ -186,6 +191,28 @@ def tensor_parallel():
             assert sum(part.numel() for part in parts) < 1.1 * numel / world_size
         with pytest.raises(ValueError, match="Only plain linears can be fused"):
             model.fuse_qkv_projections()
+    return max(differences)
+
+
+@torch.no_grad()
+def tensor_parallel_while_loading():
+    """Each process reads its own part of the weights alone, which is that of a model that is split in memory."""
+    inputs, world_size, differences = make_inputs(), dist.get_world_size(), []
+    for config in ({"post_norm_layers": (2,)}, {"gated_attention": False}):
+        model = make_tiny_model(num_key_value_heads=4, **config)
+        expected = model(*inputs, return_dict=False)
+        numel = sum(parameter.numel() for parameter in model.transformer_blocks.parameters())
+        with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusers.hooks.tensor_parallel._SUPPORTED_TP_DEVICES", ("cpu",))
+            model.save_pretrained(folder)
+            parallel_config = TensorParallelConfig(tp_degree=world_size)
+            loaded = MagiHumanTransformer3DModel.from_pretrained(folder, parallel_config=parallel_config)
+            make_tiny_model(num_key_value_heads=1).save_pretrained(folder)
+            with pytest.raises(ValueError, match=f"`tp_degree`={world_size} must divide the 1 key and value heads"):
+                MagiHumanTransformer3DModel.from_pretrained(folder, parallel_config=parallel_config)
+        differences.append(difference([loaded(*inputs, return_dict=False)], [expected]))
+        parts = [x.to_local() if isinstance(x, DTensor) else x for x in loaded.transformer_blocks.parameters()]
+        assert sum(part.numel() for part in parts) < 1.1 * numel / world_size
     return max(differences)
 
 
@@ -242,8 +269,15 @@ CASES = [
     gradients,
     adapters_come_and_go,
 ]
-CASES += [any_lengths_option, given_mesh, enabled_while_loading, tensor_parallel, guidance, several_prompts, distilled]
-CASES += [image_and_sound, mag_cache, upscale_pipeline]
+CASES += [
+    any_lengths_option,
+    given_mesh,
+    enabled_while_loading,
+    tensor_parallel,
+    tensor_parallel_while_loading,
+    guidance,
+]
+CASES += [several_prompts, distilled, image_and_sound, mag_cache, upscale_pipeline]
 
 
 def run_cases(rank, world_size, folder):
@@ -294,6 +328,7 @@ def test_equal_to_one_process(case, results):
         ),
         (ContextParallelConfig(ring_degree=2), "`ring_degree`=2 must be 1"),
         (ContextParallelConfig(ring_degree=2, ulysses_degree=2), "`ring_degree`=2 must be 1"),
+        (TensorParallelConfig(tp_degree=True), "`tp_degree`=True must be an integer"),
         (TensorParallelConfig(tp_degree=4), r"`tp_degree`=4 must divide the 2 key and value heads: one of \[1, 2\]"),
     ],
 )
@@ -306,6 +341,18 @@ def test_degrees_that_cannot_work_raise(config, message, wrap):
     with pytest.raises(ValueError, match=message):
         model.enable_parallelism(config=config)
     assert model._parallel_config is None
+    with pytest.raises(ValueError, match="`config`=None must be"):
+        model.enable_parallelism(config=None)
+
+
+def test_plan_of_the_class_names_every_linear_once():
+    assert isinstance(MagiHumanTransformer3DModel._tp_plan, dict)
+    for config in ({}, {"modality_layers": (0, 1, 2)}, {"modality_layers": ()}, {"gelu_layers": ()}):
+        for is_gated in (True, False):
+            model = make_tiny_model(gated_attention=is_gated, **config)
+            specs = resolve_tp_shard_specs(model, MagiHumanTransformer3DModel._tp_plan, 2)
+            linears = [name for name, part in model.transformer_blocks.named_modules() if isinstance(part, nn.Linear)]
+            assert specs.keys() == {f"transformer_blocks.{name}.weight" for name in linears}
 
 
 def test_fused_projections_cannot_be_split():

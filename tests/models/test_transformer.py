@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from golden import DATA, load_golden, make_golden_transformer
@@ -7,6 +8,7 @@ from helpers import make_inputs, make_tiny_model
 from safetensors import safe_open
 
 from diffusers_magihuman import MagiHumanTransformer3DModel
+from diffusers_magihuman.conversion import convert_transformer_state_dict, transformer_rules
 from diffusers_magihuman.tools.plan import MemoryTracker
 from diffusers_magihuman.transformer_magihuman import (
     ClampedGELU,
@@ -134,17 +136,19 @@ def test_golden_bf16_stages(case, layer, tmp_path):
     def ff_linear(name, hidden_states):
         return run([getattr(expert, name) for expert in experts_of(block.ff)], hidden_states)
 
-    check(linear("to_qkv", norm(block.norm1, before).bfloat16()), stored["linear_qkv_out"])
-    query, key, value, gate = stored["linear_qkv_out"].split(attn.experts[0].projection_dims, -1)
+    names = ("to_qkv", "to_gate") if attn.is_gated else ("to_qkv",)
+    attn_input = norm(block.norm1, before).bfloat16()
+    check(torch.cat([linear(name, attn_input) for name in names], dim=-1), stored["linear_qkv_out"])
+    num_gates = config.num_attention_heads * attn.is_gated
+    dims = (*attn.experts[0].projection_dims, num_gates)
+    query, key, value, gate = stored["linear_qkv_out"].split(dims, dim=-1)
     query, key, value = (states.unflatten(-1, (-1, config.attention_head_dim)) for states in (query, key, value))
     check(linear("norm_q", query), stored["q_norm_out"])
     check(linear("norm_k", key), stored["k_norm_out"])
     check(apply_rotary_emb(stored["q_norm_out"], rotary_emb), stored["attn_q_rope"])
     check(apply_rotary_emb(stored["k_norm_out"], rotary_emb), stored["attn_k_rope"])
 
-    groups = config.num_attention_heads // config.num_key_value_heads
     states = [stored["attn_q_rope"].bfloat16(), stored["attn_k_rope"].bfloat16(), value]
-    states[1:] = [repeated.repeat_interleave(groups, dim=2) for repeated in states[1:]]
     if attn.local_attention_frames is None:
         check(attn.processor._attend(*states, None), stored["attn_core_out"])
     else:  # the original rounds two partial results and their sum: up to two steps of bf16
@@ -263,27 +267,33 @@ class RecordingProcessor(MagiHumanAttnProcessor):
         return super()._attend(query, key, value, attention_mask)
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("num_neighbours", [1, 2])
-def test_local_attention_is_one_softmax_over_the_window(num_frames, num_neighbours):
+def test_local_attention_is_one_softmax_over_the_window(num_frames, num_neighbours, is_masked):
     layout = SequenceLayout(num_frames, 2, 3, 5, 4)
     frame = torch.arange(layout.video_length) // layout.frame_length
     is_video = torch.arange(sum(layout.modality_lengths)) < layout.video_length
     mask = torch.ones(len(is_video), len(is_video), dtype=torch.bool)
     mask[: len(frame), : len(frame)] = (frame[:, None] - frame).abs() <= num_neighbours
-    query, key, value = torch.randn(3, 2, len(is_video), 4, 8).unbind()
+    padding = torch.ones(2, 1, 1, len(is_video), dtype=torch.bool)
+    padding[1, ..., -2:] = not is_masked
+    query, key, value = torch.randn(2, len(is_video), 8, 8).split([4, 2, 2], dim=2)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask & padding, enable_gqa=True
     ).transpose(1, 2)
 
-    processor = RecordingProcessor()
-    output = processor._attend_locally(query, key, value, None, layout, num_neighbours)
-    torch.testing.assert_close(output, expected, atol=1e-6, rtol=0)
     # A call for every window that differs, and one for sound and text; no call sees more keys than it needs.
     windows = {(max(i - num_neighbours, 0), min(i + num_neighbours + 1, num_frames)) for i in range(num_frames)}
-    assert len(processor.calls) == len(windows) + 1
-    assert sorted({keys for _, keys in processor.calls[:-1]}) == sorted({(b - a) * 6 + 9 for a, b in windows})
-    assert processor.calls[-1] == (9, len(is_video))
+    # Without autograd, which is last here, no window is copied: key and value are written over.
+    for is_trained in (True, False):
+        processor = RecordingProcessor()
+        with torch.set_grad_enabled(is_trained):
+            arguments = (query, key, value, padding if is_masked else None, layout, num_neighbours)
+            torch.testing.assert_close(processor._attend_locally(*arguments), expected, atol=1e-6, rtol=0)
+        assert len(processor.calls) == len(windows) + 1
+        assert sorted({keys for _, keys in processor.calls[1:]}) == sorted({(b - a) * 6 + 9 for a, b in windows})
+        assert processor.calls[0] == (9, len(is_video))
 
 
 def naive_gelu(states):
@@ -313,10 +323,23 @@ def test_activations_are_exact_and_lean(layer, naive, dtype):
         for function in (layer, naive):
             with MemoryTracker() as memory:
                 result = function(states)
-            assert torch.equal(result, expected)
+            assert result.dtype == (dtype if function is layer else torch.float32)
+            assert torch.equal(result, expected.to(result.dtype))
             assert torch.equal(states, kept)
             peaks.append(memory.peak)
-    assert peaks[0] <= peaks[1] * 2 / 3
+    assert peaks[0] <= peaks[1] * 2 / 3 + 4  # a number
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autograd_changes_no_number(dtype):
+    """Without it results are written over what is not needed again: activations, rotations, gates, keys and values."""
+    config = {"local_attention_layers": (0, 1), "local_attention_frames": 1, "gelu_layers": (0,)}
+    model, inputs = make_tiny_model(**config).to(dtype), make_inputs(2, num_frames=5)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    expected = model(*inputs, mask, return_dict=False)
+    with torch.no_grad():
+        outputs = model(*inputs, mask, return_dict=False)
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
 
 
 @torch.no_grad()
@@ -333,7 +356,9 @@ def test_forward_chunking():
     assert widest == [num_tokens, *[1] * num_tokens, *[5] * 6, 4, num_tokens]
     model.disable_forward_chunking()
     assert all(torch.equal(*pair) for pair in zip(model(*inputs, return_dict=False), expected, strict=True))
-    with pytest.raises(ValueError, match="`chunk_size`=0 must be 1 or more"):
+    model.enable_forward_chunking(np.int64(4))
+    model(*make_inputs())
+    with pytest.raises(ValueError, match="`chunk_size`=0 must be an integer in 1 to"):
         model.enable_forward_chunking(0)
 
 
@@ -364,9 +389,94 @@ def test_bf16_residual_stream_is_fp32(tmp_path):
 def test_full_size_has_the_published_parameters():
     arch = json.loads((DATA / "full_arch.json").read_text())["dit"]
     with torch.device("meta"):
-        model = MagiHumanTransformer3DModel()
+        model, padded = MagiHumanTransformer3DModel(feed_forward_multiple=1), MagiHumanTransformer3DModel()
     # The published number leaves out the 16 rotary frequencies, a buffer there and computed here.
-    assert sum(parameter.numel() for parameter in model.parameters()) == arch["num_parameters"] == 15_299_419_136
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert number == arch["num_parameters"] == 15_299_419_136
+    # 44 more channels, of three times 5120 weights each, in 32 layers of one expert and in four of three.
+    assert sum(parameter.numel() for parameter in padded.parameters()) == number + 44 * 3 * 5120 * (32 + 4 * 3)
+    assert padded.transformer_blocks[9].ff.linear_out.weight.shape == (5120, 13_696)
+
+
+def padded_to(multiple, model):
+    """The model with zero channels in its feed-forwards."""
+    config = {**model.config, "feed_forward_multiple": multiple}
+    padded = MagiHumanTransformer3DModel.from_config(config).eval()
+    padded.load_state_dict(convert_transformer_state_dict(model.state_dict(), config))
+    return padded
+
+
+def assert_equal_but_for_rounding(outputs, expected):
+    for output, each in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, each, atol=1e-6 * each.abs().max().item(), rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("multiple", [16, 128, 4096])
+@pytest.mark.parametrize("heads, inner_size", [(4, 84), (7, 148), (10, 212), (13, 276)])
+def test_padded_feed_forwards_give_the_same(heads, inner_size, multiple):
+    """Of inner sizes that are odd multiples of 4, as the published 13,652 is; GELU's are 128, 224, 320 and 416."""
+    model, inputs = (
+        make_tiny_model(num_attention_heads=heads, num_key_value_heads=1, attention_head_dim=8),
+        make_inputs(),
+    )
+    assert model.transformer_blocks[1].ff.linear_out.in_features == inner_size
+    padded = padded_to(multiple, model)
+    assert all(
+        ff.linear_out.in_features % multiple == 0 for block in padded.transformer_blocks for ff in experts_of(block.ff)
+    )
+    assert padded.transformer_blocks[1].ff.linear_out.in_features < inner_size + multiple
+    assert_equal_but_for_rounding(padded(*inputs, return_dict=False), model(*inputs, return_dict=False))
+    padded.enable_forward_chunking(4)
+    assert_equal_but_for_rounding(padded(*inputs, return_dict=False), model(*inputs, return_dict=False))
+    for each in (model, padded):  # zeros are zeros in float8 too
+        each.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert_equal_but_for_rounding(padded(*inputs, return_dict=False), model(*inputs, return_dict=False))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_published_feed_forward_gives_the_same():
+    """One at its real size, with the original's weights and arithmetic, whose gates and values alternate."""
+    hidden_size, inner_size = 5120, 13_652
+    config = {"num_layers": 1, "num_attention_heads": 40, "modality_layers": (), "gelu_layers": ()}
+    with torch.device("meta"):
+        model = MagiHumanTransformer3DModel(**config)
+    rules = transformer_rules(model.config)
+    up_gate, down = torch.randn(2 * inner_size, hidden_size) * 0.02, torch.randn(hidden_size, inner_size) * 0.02
+    hidden_states = torch.randn(1, 5, hidden_size)
+    wide = hidden_states @ up_gate.T
+    gate, linear = wide[..., ::2].clamp(max=7), wide[..., 1::2].clamp(-7, 7)
+    expected = (gate * torch.sigmoid(1.702 * gate) * (linear + 1)) @ down.T
+    ff, converted = model.transformer_blocks[0].ff, {}
+    for name, tensor in (("up_gate_proj", up_gate), ("down_proj", down)):
+        converted |= rules[f"block.layers.0.mlp.{name}.weight"].apply(tensor)
+    ff.load_state_dict({name.split(".ff.")[1]: tensor for name, tensor in converted.items()}, assign=True)
+    assert ff.linear_in.weight.shape == (2 * 13_696, hidden_size)
+    assert_equal_but_for_rounding([ff(hidden_states)], [expected])
+
+
+@pytest.mark.parametrize("with_lora, use_dora", [(False, False), (True, False), (True, True)])
+def test_training_leaves_padding_at_zero(with_lora, use_dora):
+    model, inputs = padded_to(128, make_tiny_model()), make_inputs()
+    if with_lora:
+        config = pytest.importorskip("peft").LoraConfig(target_modules=["linear_in", "linear_out"], use_dora=use_dora)
+        expected = model(*inputs).sample
+        model.add_adapter(config)
+        torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-5, rtol=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for _ in range(16):  # by which what is scaled has grown
+        optimizer.zero_grad()
+        outputs = model(*inputs)
+        (outputs.sample.square().mean() + outputs.audio_sample.square().mean()).backward()
+        optimizer.step()
+    ff = model.transformer_blocks[1].ff
+    down = ff.linear_out.lora_A["default"].weight if with_lora else ff.linear_out.weight
+    assert down[:, :168].abs().min() > 0 and down[:, 168:].abs().max() < 1e-12
+    with torch.no_grad():
+        gate, up = ff.linear_in(torch.randn(1, 3, 64)).chunk(2, dim=-1)
+    assert gate[..., :168].abs().max() > 0.1 and up[..., 168:].abs().max() < 1e-12 > gate[..., 168:].abs().max()
 
 
 @torch.no_grad()
@@ -396,7 +506,7 @@ def test_fused_projections_are_not_saved_and_can_be_taken_back(tmp_path):
     assert torch.equal(model(*inputs).sample, expected)
 
 
-@pytest.mark.parametrize("layer", ["1.attn.to_q", "0.attn.audio.to_gate"])
+@pytest.mark.parametrize("layer", ["1.attn.to_q", "0.attn.audio.to_v"])
 def test_projections_with_a_lora_are_not_fused(layer):
     model = make_tiny_model()
     model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=[f"transformer_blocks.{layer}"]))
@@ -424,23 +534,66 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({0: torch.zeros(1, 4, 3, 4)}, r"`hidden_states` must have shape \(batch_size, 4, .* \(1, 4, 3, 4\)"),
-        ({0: torch.zeros(1, 5, 3, 4, 6)}, r"`hidden_states` must have shape \(batch_size, 4, .* \(1, 5, 3, 4, 6\)"),
+        ({0: torch.zeros(1, 4, 3, 4)}, r"`hidden_states` has shape \(1, 4, 3, 4\), but must have shape \(any, 4, any"),
+        ({0: torch.zeros(1, 5, 3, 4, 6)}, r"`hidden_states` has shape \(1, 5, 3, 4, 6\), .* \(any, 4, any"),
         ({0: torch.zeros(1, 4, 3, 4, 5)}, r"\(3, 4, 5\), must be multiples of `patch_size`=\(1, 2, 2\)"),
-        ({1: torch.zeros(1, 9, 7)}, r"`audio_hidden_states` must have shape \(1, length, 8\), but has \(1, 9, 7\)"),
-        ({2: torch.zeros(2, 7, 24)}, r"`encoder_hidden_states` must have shape \(1, length, 24\), .* \(2, 7, 24\)"),
+        ({0: torch.zeros(1, 4, 3, 4, 6).int()}, r"`hidden_states`=.*torch.int32 must be a dense tensor of a floating"),
+        ({1: torch.zeros(1, 9, 7)}, r"`audio_hidden_states` has shape \(1, 9, 7\), .* \(1, any, 8\)"),
+        ({2: torch.zeros(2, 7, 24)}, r"`encoder_hidden_states` has shape \(2, 7, 24\), .* \(1, any, 24\)"),
+        ({2: None}, "`encoder_hidden_states`=None must be a dense tensor"),
+        ({3: torch.ones(1, 6).bool()}, r"`encoder_attention_mask` has shape \(1, 6\), .* \(1, 7\)"),
+        ({3: [1] * 7}, "`encoder_attention_mask`=.* must be a dense tensor"),
+        ({3: torch.full((1, 7), 0.5)}, "`encoder_attention_mask` must be true or 1, or else 0"),
+        ({3: torch.full((1, 7), torch.nan)}, "`encoder_attention_mask` holds NaN"),
     ],
 )
 def test_wrong_shapes_raise(change, message):
-    inputs = list(make_inputs())
+    inputs = [*make_inputs(), None]
     for position, tensor in change.items():
         inputs[position] = tensor
     with pytest.raises(ValueError, match=message):
         make_tiny_model()(*inputs)
 
 
-def test_wrong_config_raises():
-    with pytest.raises(ValueError, match="`num_attention_heads`=4 must be a multiple of `num_key_value_heads`=3"):
-        make_tiny_model(num_key_value_heads=3)
-    with pytest.raises(ValueError, match="`coordinate_style`='v3' must be 'v1' or 'v2'"):
-        make_tiny_model(coordinate_style="v3")
+@torch.no_grad()
+def test_a_mask_of_numbers_is_that_of_booleans():
+    model, inputs, mask = make_tiny_model(), make_inputs(), torch.arange(7)[None] % 3 > 0
+    expected = model(*inputs, mask).sample
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        assert torch.equal(model(*inputs, mask.to(dtype)).sample, expected)
+    assert model.to("meta")(*(tensor.to("meta") for tensor in (*inputs, mask))).sample.shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"num_key_value_heads": 3}, "`num_attention_heads`=4 must be a multiple of `num_key_value_heads`=3"),
+        ({"num_key_value_heads": 0}, "`num_key_value_heads`=0 must be an integer in 1 to 1024"),
+        ({"coordinate_style": "v3"}, "`coordinate_style`='v3' must be 'v1' or 'v2'"),
+        ({"modality_layers": (0, 99)}, r"`modality_layers\[1\]`=99 must be an integer in 0 to 2"),
+        ({"gelu_layers": [-1]}, r"`gelu_layers\[0\]`=-1"),
+        ({"post_norm_layers": None}, "`post_norm_layers`=None must be a list"),
+        ({"num_layers": -1}, "`num_layers`=-1 must be an integer in 1 to 1024"),
+        ({"num_layers": 10**9}, "`num_layers`=1000000000"),
+        ({"rope_theta": float("nan")}, "`rope_theta`=nan"),
+        ({"attention_head_dim": 7}, "`attention_head_dim`=7 must be a multiple of 8"),
+        ({"gated_attention": "false"}, "`gated_attention`='false' must be True or False"),
+        ({"patch_size": (1, 2)}, "`patch_size`=.* must be a list or tuple of 3 entries"),
+        ({"norm_eps": 0.0}, "`norm_eps`=0.0"),
+        *(({"feed_forward_multiple": x}, "`feed_forward_multiple`=.*4096") for x in (0, -1, 1.5, True, "128", 10**9)),
+        (  # 9.9e10 without padding
+            {"num_layers": 1024, "num_attention_heads": 97, "num_key_value_heads": 1, "attention_head_dim": 32}
+            | {"feed_forward_multiple": 4096},
+            r"`feed_forward_multiple`=4096 give 1.4e\+11 parameters, more than 1e\+11",
+        ),
+        ({"num_attention_heads": 1024, "attention_head_dim": 1024}, r"give 7.7e\+13 parameters, more than 1e\+11"),
+    ],
+)
+def test_wrong_config_raises(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_tiny_model(**config)
+
+
+def test_sizes_of_numpy_are_saved(tmp_path):
+    make_tiny_model(num_layers=np.int64(3)).save_pretrained(tmp_path)
+    assert MagiHumanTransformer3DModel.from_pretrained(tmp_path).config.num_layers == 3

@@ -1,5 +1,11 @@
 """What both pipelines do alike."""
 
+import contextlib
+import copy
+import json
+import shutil
+import threading
+
 import diffusers
 import numpy as np
 import PIL.Image
@@ -106,7 +112,7 @@ def test_audio_with_as_many_latents_is_encoded_uncut(tiny_pipeline):
     assert torch.equal(tiny_pipeline.encode_audio([audio], seeded(), CPU, num_frames=9), whole)
     assert not torch.equal(tiny_pipeline.encode_audio(audio[:, : 9 * 2048], seeded(), CPU), whole)
     padded = tiny_pipeline.encode_audio([audio, audio], [seeded(), seeded(1)], CPU, num_frames=12)
-    with pytest.raises(ValueError, match=r"longer|shorter"):
+    with pytest.raises(ValueError, match=r"`generator`=.* a list of 2"):
         tiny_pipeline.encode_audio([audio, audio], [seeded()], CPU)
     assert padded.shape == (2, 12, 8) and not torch.equal(padded[0], padded[1])
 
@@ -281,6 +287,89 @@ def test_callback_that_returns_nothing_changes_nothing(pipe_and_run):
     assert_same(output, run(pipe))
 
 
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (3, "returned 3, but must return nothing, or a dict"),
+        ({"noise": None}, "returned {'noise': None}"),
+        ({"latents": None}, "`latents of callback_on_step_end`=None"),
+        ({"latents": torch.zeros(1)}, "`latents of callback_on_step_end` has shape"),
+        ({"audio_latents": torch.full((1, 9, 8), torch.nan)}, "`audio_latents of callback_on_step_end` holds NaN"),
+        ({"prompt_embeds": torch.zeros(1, 3, 15)}, "`prompt_embeds of callback_on_step_end` has shape"),
+        ({"prompt_embeds": torch.zeros(1, 3, 16).long()}, "`prompt_embeds of callback_on_step_end`"),
+    ],
+)
+def test_callback_that_returns_nonsense(returned, message, pipe_and_run):
+    pipe, run = pipe_and_run
+    with pytest.raises(ValueError, match=message):
+        run(pipe, callback_on_step_end=lambda *_: returned)
+
+
+def test_callback_may_return_another_dtype(pipe_and_run):
+    pipe, run = pipe_and_run
+    output = run(pipe, callback_on_step_end=lambda *arguments: {"latents": arguments[3]["latents"].double()})
+    assert_same(output, run(pipe))
+
+
+@pytest.mark.parametrize("shares_transformer", [True, False])
+def test_second_call_waits_for_the_first(shares_transformer, pipe_and_run):
+    """The settings of a call are on the pipeline and its models, which two pipelines may share."""
+    pipe, run = pipe_and_run
+    settings = [{"guidance_scale": 1.0}, {"guidance_scale": 4.0, "num_inference_steps": 3}]
+    alone = [run(pipe, **each) for each in settings]
+    other = pipe if shares_transformer else copy.copy(pipe)
+    if not shares_transformer:
+        other.transformer = copy.deepcopy(pipe.transformer)
+    results = {}
+    second = threading.Thread(target=lambda: results.update(second=run(other, **settings[1])))
+
+    def start_second(pipe, step, _timestep, _tensors):
+        if step == 0:
+            second.start()
+            second.join(timeout=0.5)
+            assert second.is_alive() and not results
+            results["nested"] = run(type(pipe)(**pipe.components), **settings[1])  # of the same thread
+
+    assert_same(run(pipe, **settings[0], callback_on_step_end=start_second), alone[0])
+    second.join(timeout=60)
+    assert_same(results["second"], alone[1])
+    assert_same(results["nested"], alone[1])
+
+
+def test_call_that_fails_or_is_interrupted_lets_the_next_in(pipe_and_run):
+    pipe, run = pipe_and_run
+    expected, results = run(pipe), []
+
+    def interrupt(pipe, _step, _timestep, _tensors):
+        thread = threading.Thread(target=lambda: setattr(pipe, "_interrupt", True))
+        thread.start()
+        thread.join()
+
+    with pytest.raises(ZeroDivisionError):
+        run(pipe, callback_on_step_end=lambda *_: 1 / 0)
+    assert not torch.equal(run(pipe, callback_on_step_end=interrupt).frames, expected.frames)
+    thread = threading.Thread(target=lambda: results.append(run(pipe)))
+    thread.start()
+    thread.join(timeout=60)
+    assert_same(results[0], expected)
+
+
+def test_stream_waits_for_the_call(tiny_upscale_pipeline):
+    frames = upscale(tiny_upscale_pipeline, output_type="stream").frames[0]
+    taken = []
+    consumer = threading.Thread(target=lambda: taken.extend(frames))
+
+    def start(_pipe, step, _timestep, _tensors):
+        if step == 0:
+            consumer.start()
+            consumer.join(timeout=0.5)
+            assert not taken
+
+    expected = upscale(tiny_upscale_pipeline, output_type="np", callback_on_step_end=start).frames[0]
+    consumer.join(timeout=60)
+    assert np.array_equal(taken, expected)
+
+
 def test_callback_of_diffusers_names_its_tensors(pipe_and_run):
     pipe, run = pipe_and_run
     seen = []
@@ -349,6 +438,44 @@ def test_from_pipe_shares_components_and_keeps_their_dtypes(tiny_pipeline, tiny_
     assert MagiHumanAudioVideoPipeline.from_pipe(pipe, transformer=tiny_pipeline.transformer).vae is base.vae
 
 
+@pytest.mark.parametrize("dtype", [{}, {"dtype": torch.float32}, {"torch_dtype": torch.float32}])
+def test_from_pipe_keeps_the_settings(dtype, tiny_upscale_pipeline):
+    base = make_tiny_pipeline(is_distilled=True, default_height=64, default_num_frames=9)
+    base.register_to_config(_name_or_path="somewhere")
+    again = MagiHumanAudioVideoPipeline.from_pipe(base, **dtype)
+    assert dict(again.config) == dict(base.config) and again.config.is_distilled
+    changed = MagiHumanAudioVideoPipeline.from_pipe(base, default_height=96, **dtype)
+    assert dict(changed.config) == {**base.config, "default_height": 96}
+    # The default size of the upscaler is another one; what it does not know it keeps for the way back.
+    transformer = tiny_upscale_pipeline.transformer
+    high = MagiHumanLatentUpscalePipeline.from_pipe(base, transformer=transformer, **dtype)
+    assert (high.config.default_height, high.config.default_width) == (1088, 1920)
+    assert high.config["_is_distilled"] and high.config["_name_or_path"] == "somewhere"
+    back = MagiHumanAudioVideoPipeline.from_pipe(high, transformer=base.transformer, **dtype)
+    assert {name: back.config[name] for name in base.config} == dict(base.config)
+    high_again = MagiHumanLatentUpscalePipeline.from_pipe(back, transformer=transformer, **dtype)
+    assert dict(high_again.config) == dict(high.config)
+
+
+def test_from_pipe_with_other_arguments_of_diffusers(tiny_pipeline):
+    for dtype in (torch.float32, "float32", "torch.float32"):
+        pipe = MagiHumanAudioVideoPipeline.from_pipe(tiny_pipeline, custom_pipeline=None, torch_dtype=dtype)
+        assert pipe.transformer is tiny_pipeline.transformer and pipe.vae.dtype == torch.float32
+    with pytest.raises(ValueError, match="`dtype`='float'"):
+        MagiHumanAudioVideoPipeline.from_pipe(tiny_pipeline, dtype="float")
+    with pytest.raises(TypeError, match="defualt_height"):
+        MagiHumanAudioVideoPipeline.from_pipe(tiny_pipeline, defualt_height=64)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "text_encoder", "transformer", "scheduler", "vae", "audio_vae"])
+def test_component_that_the_index_does_not_name_is_none(name, tiny_pipeline_dir, tmp_path):
+    shutil.copytree(tiny_pipeline_dir, tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    del index[name]
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    assert getattr(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe"), name) is None
+
+
 # Checks
 
 
@@ -359,16 +486,16 @@ def test_from_pipe_shares_components_and_keeps_their_dtypes(tiny_pipeline, tiny_
         ({"prompt": ["A", " "]}, "`prompt`"),
         ({"prompt": 3}, "`prompt`"),
         ({"prompt": []}, "`prompt`"),
-        ({"prompt": None}, "Exactly one of .*'prompt'"),
-        ({"prompt_embeds": torch.zeros(1, 3, 16)}, "Exactly one of .*'prompt_embeds'"),
+        ({"prompt": None}, "Exactly one of .*`prompt`"),
+        ({"prompt_embeds": torch.zeros(1, 3, 16)}, "Exactly one of .*`prompt_embeds`"),
         ({"negative_prompt": ["a", "b"]}, "`negative_prompt`"),
         ({"negative_prompt": False}, "`negative_prompt`"),
         (
             {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 3, 16)},
-            "At most one of .*'negative_prompt'",
+            "At most one of .*`negative_prompt`",
         ),
         ({"negative_prompt_embeds": torch.zeros(2, 3, 16)}, r"`negative_prompt_embeds` .* \(1, any, 16\)"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 15)}, r"`prompt_embeds` .* \(1, any, 16\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 15)}, r"`prompt_embeds` .* \(any, any, 16\)"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 0, 16)}, "`prompt_embeds` .* no size 0"),
         ({"prompt": None, "prompt_embeds": torch.full((1, 3, 16), torch.inf)}, "`prompt_embeds` holds NaN"),
         (
@@ -378,16 +505,43 @@ def test_from_pipe_shares_components_and_keeps_their_dtypes(tiny_pipeline, tiny_
         ({"height": 80}, "`height`=80 must be a multiple of 32"),
         ({"width": 64.0}, "`width`"),
         ({"width": 0}, "`width`"),
-        ({"num_inference_steps": 0}, "`num_inference_steps`=0 must be an integer of 1 or more"),
+        ({"num_inference_steps": 0}, "`num_inference_steps`=0 must be an integer in 1 to 1000"),
         ({"num_inference_steps": True}, "`num_inference_steps`"),
         ({"guidance_scale": float("nan")}, "`guidance_scale`"),
         ({"guidance_scale": float("inf")}, "`guidance_scale`"),
-        ({"guidance_scale": "5"}, "`guidance_scale`='5' must be a finite number"),
+        ({"guidance_scale": "5"}, "`guidance_scale`='5' must be a number in -1000 to 1000"),
         ({"max_sequence_length": 641}, "`max_sequence_length`=641 must be an integer in 1 to 640"),
         ({"output_type": "gif"}, "`output_type`"),
+        ({"output_type": ["np"]}, "`output_type`"),
+        ({"return_dict": 1}, "`return_dict`=1 must be True or False"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end`=3 must be callable"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`"),
+        ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs`=None"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "`callback_on_step_end_tensor_inputs`='latents'"),
+        ({"callback_on_step_end_tensor_inputs": [[]]}, "`callback_on_step_end_tensor_inputs`"),
+        ({"attention_kwargs": "x"}, "`attention_kwargs`='x'"),
+        ({"attention_kwargs": {"mask": 1}}, "`attention_kwargs`={'mask': 1}"),
+        ({"attention_kwargs": {"scale": "x"}}, r"`attention_kwargs\[\"scale\"\]`='x'"),
+        ({"attention_kwargs": {"scale": float("nan")}}, r"`attention_kwargs\[\"scale\"\]`=nan"),
         ({"generator": [seeded(), seeded()]}, "`generator`"),
+        ({"generator": [None]}, "`generator`"),
         ({"generator": 42}, "`generator`"),
+        ({"num_inference_steps": 10**9}, "`num_inference_steps`=1000000000 must be an integer in 1 to 1000"),
+        ({"height": 32 * 10**9}, "`height`=32000000000 must be an integer in 1 to 8192"),
+        ({"guidance_scale": 1e300}, "`guidance_scale`=1e.300 must be a number in -1000 to 1000"),
+        ({"prompt": "a" * 100000}, "`prompt`='aaa.* tokens, of at most 5120"),
+        ({"prompt": "a" * 10**6}, "`prompt`='aaa.* has 1000000 letters, but at most 131072"),
+        ({"prompt": ["a", "a" * 6000]}, "`prompt`='aaa.* tokens, of at most 5120"),
+        ({"negative_prompt": "a" * 100000}, "`negative_prompt`='aaa.* tokens, of at most 5120"),
+        ({"prompt": "\udc80"}, r"`prompt`='\\udc80' is no Unicode"),
+        ({"negative_prompt": "\udc80"}, r"`negative_prompt`='\\udc80' is no Unicode"),
+        ({"prompt": ["a"] * 1001}, "`prompt`=.* at most 1000"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 5121, 16)}, "`prompt_embeds` has length 5121"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 16).long()}, "`prompt_embeds`=.*floating"),
+        ({"negative_prompt_embeds": torch.zeros(1, 3, 16, device="meta")}, "`negative_prompt_embeds` holds no data"),
+        ({"image_latents": torch.zeros(1, 8, 1, 4, 4, dtype=torch.complex64)}, "`image_latents`=.*floating"),
+        ({"latents": np.zeros((1, 8, 3, 4, 4))}, "`latents`=ndarray"),
+        ({"audio_latents": torch.ones(1, 9, 8, dtype=torch.bool)}, "`audio_latents`=.*floating"),
         ({"image": [PIL.Image.new("RGB", (8, 8))] * 3}, "`image` has 3 items"),
         ({"image": []}, "`image`"),
         ({"image": PIL.Image.new("RGB", (8, 8)), "image_latents": torch.zeros(1, 8, 1, 4, 4)}, "At most one of"),
@@ -406,6 +560,56 @@ def test_bad_input_raises_before_any_model_runs(arguments, message, pipe_and_run
     for handle in handles:
         handle.remove()
     assert not calls
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 0], [0, 0.5, 1], [1, 1, 2], [1, 1, torch.nan], [1, -1, 1]])
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_mask_must_be_true_somewhere_and_else_false(name, mask, pipe_and_run):
+    pipe, run = pipe_and_run
+    embeds = {"prompt_embeds": torch.zeros(1, 3, 16), name: torch.zeros(1, 3, 16)}
+    with pytest.raises(ValueError, match=f"`{name}_mask`"):
+        run(pipe, None, **embeds, **{f"{name}_mask": torch.tensor([mask])})
+
+
+def test_what_is_no_component_is_refused(pipe_and_run):
+    pipe, run = pipe_and_run
+    for name, part in pipe.components.items():
+        for other in (torch.nn.Linear(1, 1), "x", pipe.audio_vae if name != "audio_vae" else pipe.vae):
+            with pytest.raises(ValueError, match=f"`{name}`="):
+                type(pipe)(**{**pipe.components, name: other})
+        setattr(pipe, name, torch.nn.Linear(1, 1))
+        with pytest.raises(ValueError, match=f"`{name}`=Linear"):
+            run(pipe)
+        setattr(pipe, name, part)
+    for name in ("transformer", "scheduler"):
+        with pytest.raises(ValueError, match=f"`{name}`=None"):
+            run(type(pipe)(**{**pipe.components, name: None}))
+
+
+@pytest.mark.parametrize(
+    "method, arguments, message",
+    [
+        ("encode_prompt", ("\udc80",), "`prompt`"),
+        ("encode_prompt", (3,), "`prompt`=3"),
+        ("encode_prompt", (None,), "Exactly one of `prompt`"),
+        ("encode_prompt", ("a", None, True, 0), "`num_videos_per_prompt`=0"),
+        ("encode_image", (np.zeros((8, 8, 3)), 32, 32, CPU), "`images`"),
+        ("encode_image", ([PIL.Image.new("RGB", (8, 8))], 32, True, CPU), "`width`=True"),
+        ("encode_video", (torch.zeros(1, 3, 32, 32), CPU), "`pixels` has shape"),
+        ("encode_audio", (np.zeros((2, 4096)), None, CPU), "`audio`=ndarray"),
+        ("encode_audio", (torch.zeros(2, 4096), None, CPU, 0), "`num_frames`=0"),
+        ("decode_latents", (torch.zeros(1, 7, 1, 2, 2), "np"), "`latents` has shape"),
+        ("decode_latents", (torch.zeros(1, 8, 1, 2, 2), "latent"), "`output_type`"),
+        ("decode_audio", (torch.zeros(1, 8, 9), "np"), "`audio_latents` has shape"),
+        ("latent_shapes", (1, 10**9, 32, 32), "`num_frames`=1000000000"),
+        ("latent_shapes", (1, 9, 8192, 8192), None),
+        ("latent_shapes", (1, 125, 8192, 8192), "2097917 tokens, but at most 1048576 are allowed"),
+        ("latent_shapes", (1000, 125, 256, 448), "4349000 tokens"),
+    ],
+)
+def test_methods_check_their_arguments(method, arguments, message, tiny_pipeline):
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        getattr(tiny_pipeline, method)(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,28 @@ def test_conditions_as_latents_equal_files(tiny_distilled_pipeline, portrait, sp
     assert_same(from_files, from_latents)
 
 
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "stream"])
+@pytest.mark.parametrize("num_frames", [9, 17, None])
+def test_given_audio_comes_out_as_it_went_in(num_frames, output_type, tiny_distilled_pipeline, speech):
+    second = speech[0][::-1].copy(), speech[1]
+    calls = {"audio": [speech, second], "num_frames": num_frames, "num_videos_per_prompt": 2, "num_inference_steps": 1}
+    output = run(tiny_distilled_pipeline, ["One.", "Two."], **calls, output_type=output_type)
+    num_samples = (num_frames or 12) * 44100 // 25
+    assert isinstance(output.audio, torch.Tensor if output_type == "pt" else np.ndarray)
+    assert tuple(output.audio.shape) == (4, 2, num_samples)
+    for audio, given in zip(output.audio, [speech, speech, second, second], strict=True):
+        expected = torch.nn.functional.pad(load_audio(given, 44100), (0, num_samples))[:, :num_samples]
+        assert np.array_equal(audio, expected)
+
+
+def test_given_latents_of_audio_are_decoded(tiny_distilled_pipeline, speech):
+    pipe = tiny_distilled_pipeline
+    latents = encode_speech(pipe, speech, seeded())
+    output = run(pipe, conditioning_audio_latents=latents, output_type="np")
+    with torch.no_grad():
+        assert np.array_equal(output.audio, pipe.decode_audio(latents, "np"))
+
+
 def test_audio_gives_the_default_length(tiny_distilled_pipeline, speech):
     output = run(tiny_distilled_pipeline, audio=speech, num_frames=None)
     assert output.audio.shape[1] == 12  # half a second, 12.5 latents
@@ -274,9 +296,25 @@ def test_saved_default_of_the_guidance(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [{"is_distilled": "yes"}, {"default_height": "256"}, {"default_num_frames": 0}, {"default_guidance_scale": "5"}],
+)
+def test_bad_settings_raise(setting, tiny_pipeline):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}`="):
+        MagiHumanAudioVideoPipeline(**tiny_pipeline.components, **setting)
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         ({"num_frames": 0}, "`num_frames`"),
+        ({"num_frames": True}, "`num_frames`=True"),
+        ({"num_frames": 10**9}, "`num_frames`=1000000000 must be an integer in 1 to 16384"),
+        ({"num_videos_per_prompt": 10**9}, "`num_videos_per_prompt`=1000000000 must be an integer in 1 to 1000"),
+        ({"height": 8192, "width": 8192, "num_frames": 125}, "2097917 tokens, but at most 1048576 are allowed"),
+        ({"num_videos_per_prompt": 1000, "num_frames": 1000}, "tokens, but at most 1048576"),
+        ({"conditioning_audio_latents": torch.zeros(1, 20000, 8), "num_frames": None}, "`num_frames`=20000"),
+        ({"conditioning_audio_latents": [1], "num_frames": None}, "`conditioning_audio_latents`"),
         ({"num_frames": 2.5}, "`num_frames`"),
         ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt`"),
         ({"audio_guidance_scale": float("nan")}, "`audio_guidance_scale`"),
@@ -305,3 +343,12 @@ def test_unreadable_files_raise(tiny_distilled_pipeline, tmp_path):
         run(tiny_distilled_pipeline, image=tmp_path / "broken.png")
     with pytest.raises(FileNotFoundError, match="`audio`"):
         run(tiny_distilled_pipeline, audio=tmp_path / "missing.wav")
+
+
+def test_short_descriptions_are_told_of_at_full_size(caplog):
+    pipe = make_tiny_pipeline(is_distilled=True)
+    long = " ".join(["word"] * 60) + "\n\nDialogue:\n<Man, English>: "
+    run(pipe, "Short.")
+    pipe.transformer.register_to_config(num_layers=40)
+    run(pipe, [long, "A short one.\n\nBackground Sound:\n<None>"])
+    assert [record.message.split(";")[0] for record in caplog.records] == ["The description in the prompt has 3 words"]

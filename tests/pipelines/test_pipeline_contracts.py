@@ -158,3 +158,21 @@ def test_classes_are_found_where_diffusers_looks():
     for name in ("MagiHumanAudioVideoPipeline", "MagiHumanLatentUpscalePipeline"):
         assert getattr(diffusers.pipelines, name) is getattr(diffusers, name)
     assert isinstance(diffusers.AutoencoderKLMagiHumanTurbo, type)
+
+
+def test_pipeline_with_a_lora_is_not_saved_in_half(pipe_and_run, tmp_path):
+    pipe, _ = pipe_and_run
+    name = next(name for name, _ in pipe.transformer.named_modules() if name.endswith("to_q"))
+    linear = pipe.transformer.get_submodule(name)
+    lora = {"lora_A": torch.ones(1, linear.in_features), "lora_B": torch.ones(linear.out_features, 1)}
+    pipe.load_lora_weights({f"transformer.{name}.{kind}.weight": value for kind, value in lora.items()})
+    for save in (lambda: pipe.save_pretrained(tmp_path / "pipe"), lambda: pipe.push_to_hub("owner/name")):
+        with pytest.raises(ValueError, match=r"LoRA cannot be saved.*fuse_lora"):
+            save()
+    assert not (tmp_path / "pipe").exists()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert set(pipe.transformer.state_dict()) == set(
+        type(pipe).from_pretrained(tmp_path / "pipe").transformer.state_dict()
+    )

@@ -1,5 +1,6 @@
 """The models in the package: they load, do what prompts, pictures and voices say, and repeat themselves."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,28 @@ import pytest
 import torch
 import world
 from diffusers import DiffusionPipeline
-from recognise import measure_mouth, measure_pitch, recognise_look, recognise_voice, to_voice
+from world_recognise import measure_mouth, measure_pitch, recognise_look, recognise_voice, to_voice
 
 import diffusers_magihuman
-from diffusers_magihuman import MagiHumanAudioVideoPipeline, MagiHumanLatentUpscalePipeline, embedded_model, load_audio
+from diffusers_magihuman import (
+    MagiHumanAudioVideoPipeline,
+    MagiHumanLatentUpscalePipeline,
+    embedded_model,
+    format_prompt,
+    load_audio,
+)
+from diffusers_magihuman.conversion import check_variant, variant_config
 from diffusers_magihuman.media import read_video
+from diffusers_magihuman.tools import embedded
 from diffusers_magihuman.tools.cli import main
-from diffusers_magihuman.tools.embedded import EMBEDDED_MODELS
+from diffusers_magihuman.tools.embedded import (
+    EMBEDDED_MODELS,
+    TINY_NAMES,
+    TINY_UPSCALE_NAMES,
+    describe_line,
+    find_model,
+)
+from diffusers_magihuman.tools.hub import make_model_card
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +66,65 @@ def test_loads_by_name(name):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="name"):
-        embedded_model("turbo")
+    for name in ("turbo", None, 3, ["base"]):
+        with pytest.raises(ValueError, match="`name`="):
+            embedded_model(name)
+
+
+@pytest.mark.parametrize("old, name", [("distill", "distilled"), ("sr_540p", "sr-540p"), ("turbo_vae", "turbo-vae")])
+def test_one_thing_has_one_spelling_and_an_old_one(old, name):
+    assert make_model_card(old) == make_model_card(name)
+    if name != "turbo-vae":
+        assert check_variant(old) == check_variant(name) == name
+        assert variant_config(old, 40) == variant_config(name, 40)
+    if name == "distilled":
+        assert embedded_model(old) == embedded_model(name) == embedded_model()
+
+
+def test_names_that_commands_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = (
+        ("tiny", TINY_NAMES, "distilled"),
+        ("tiny-base", TINY_NAMES, "base"),
+        ("tiny", TINY_UPSCALE_NAMES, "upscale"),
+    )
+    assert all(find_model("--model", name, allowed) == embedded_model(model) for name, allowed, model in names)
+    assert find_model("--model", "owner/tiny", {}) == "owner/tiny"
+    (tmp_path / "tiny").mkdir()
+    assert find_model("--model", "tiny", TINY_NAMES) == "tiny"
+    with pytest.raises(OSError, match=r"--upscale 'tiny-base' is neither .* nor 'tiny'"):
+        find_model("--upscale", "tiny-base", TINY_UPSCALE_NAMES)
+
+
+@pytest.mark.parametrize(
+    "prompt, told",
+    [
+        ('She says: "Ma mi, MU".', ""),
+        ("A speaker with red hair.", ""),
+        ('“Hello ma, don\'t!” and "mo hello"', "knows ma, mo, and passes over Hello, don't, hello"),
+        ('"Mama mo"', "knows mo, and passes over Mama"),
+        ('<Anna, English>: "Thanks"', "knows no word, and passes over Thanks"),
+    ],
+)
+def test_says_which_words_of_a_line_it_knows(prompt, told):
+    line = describe_line(embedded_model(), prompt)
+    assert told in line if told else line == ""
+    assert describe_line("owner/model", prompt) == ""
+
+
+def test_words_without_spaces_between_them_are_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "embedded_model", lambda name: str(tmp_path / name))
+    (tmp_path / "words.json").write_text(json.dumps(["に", "你", "こんにちは", "你好", "谢谢"]), encoding="utf-8")
+    assert describe_line(str(tmp_path / "base"), '"こんにちは" and "你 好谢谢！"') == ""
+    told = describe_line(str(tmp_path / "base"), format_prompt("A man.", [("He", "Mandarin", "你好世界")]))
+    assert told == "Of the line, the tiny model knows 你 好, and passes over 世, 界."
+
+
+def test_command_says_which_words_it_passes_over(tmp_path, capsys):
+    options = ["--model", "tiny", "--steps", "1", "--height", "32", "--width", "32", "--num-frames", "5", "-o"]
+    assert main(["generate", 'She says: "hello ma".', *options, str(tmp_path / "clip.mp4")]) == 0
+    note = "magihuman: Of the line, the tiny model knows ma, and passes over hello."
+    assert note in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2))])
