@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in the form that the models were trained on."""
 
+import re
+
+import numpy as np
 import pytest
-from world import make_clip
+from clips import make_scene
+from prompts import make_prompt
 
 from diffusers_magihuman import format_prompt
-from diffusers_magihuman.prompts import count_words
+from diffusers_magihuman.prompts import count_words, space
 
 QUIET = "\n\nBackground Sound:\n<No prominent background sound>"
 
@@ -44,12 +48,15 @@ def test_three_parts(arguments, expected):
         assert count_words(prompt) == len(arguments[0].split())
 
 
-def test_prompts_of_the_tiny_models_are_of_this_form():
-    prompt = make_clip(1, size=16).prompt
-    description, dialogue, background = prompt.split("\n\n")
-    who, _, line = dialogue.removeprefix("Dialogue:\n<").partition(', syllables>: "')
+@pytest.mark.parametrize("seed", range(8))
+def test_prompts_of_the_tiny_models_are_of_this_form(seed):
+    rng = np.random.default_rng(seed)
+    prompt = space(make_prompt(rng, make_scene(rng, seconds=2), parts=3))
+    description, *dialogue, background = prompt.split("\n\n")
+    parts = re.fullmatch(r'Dialogue:\n<(.+), (.+)>: "(.+)"', *dialogue).groups() if dialogue else None
     sound = background.removeprefix("Background Sound:\n<").removesuffix(">")
-    assert format_prompt(description, [(who, "syllables", line.removesuffix('"'))], sound) == prompt
+    formatted = format_prompt(description, [parts] if parts else None, sound)
+    assert formatted.startswith(description) and formatted.split("\n\n")[1:] == [*dialogue, background]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 import train_lora
-import world
 from accelerate import Accelerator
+from clips import make_clip
 from diffusers import DiffusionPipeline
 from golden import DATA
 from make_tiny_pipeline import make_tiny_pipeline
@@ -35,8 +36,9 @@ def folder(tmp_path_factory):
     make_tiny_pipeline().save_pretrained(folder / "tiny")
     (folder / "clips").mkdir()
     for seed in range(10):
-        clip, path = world.make_clip(seed, size=64, num_frames=9), folder / "clips" / f"{seed}.mp4"
-        export_to_mp4(clip.frames, path, audio=clip.voice, sampling_rate=48000)
+        clip, path = make_clip(seed, 64, 64, num_frames=9), folder / "clips" / f"{seed}.mp4"
+        voice = scipy.signal.resample(clip.speech.voice, 9 * 1920)
+        export_to_mp4(clip.drawing.frames, path, audio=voice, sampling_rate=48000)
         if seed % 2:
             path.with_suffix(".txt").write_text(clip.prompt)
         else:
@@ -200,7 +202,7 @@ def test_folders_that_cannot_be_read(files, error, message, tmp_path):
 
 
 def test_clip_without_audio_or_of_another_rate(tmp_path):
-    frames = world.make_clip(0, size=32, num_frames=4).frames
+    frames = np.zeros((4, 32, 32, 3), np.float32)
     (tmp_path / "a.txt").write_text("Hello")
     export_to_mp4(frames, tmp_path / "a.mp4", fps=24)
     with pytest.raises(ValueError, match=r"a\.mp4' has 24 frames a second and no audio; 25 and audio are needed"):

@@ -22,6 +22,8 @@ import numpy as np
 from people import draw_look
 from words import LANGUAGES, VOCABULARY, VOICE, Word, draw_words
 
+from diffusers_magihuman import format_prompt
+
 # In all tables, a string is a choice of phrases with | between them.
 # Value: what follows "with" or "has", what follows "is" or a colon, and what precedes the person.
 WORDINGS: dict[str, dict[Any, tuple[str, str, str]]] = {
@@ -222,14 +224,22 @@ def make_prompt(rng: np.random.Generator, scene: Scene, held_out: bool = False, 
             drawn if `None`.
 
     Words that are not in the vocabulary are put into one line of six, and are all of the line where there are none.
+    Half of the prompts of three parts are put together by [`format_prompt`], and of these half leave the line to it.
     """
     parts = parts or (1, 3)[rng.integers(2)]
     writer = Writer(rng, without_needless(scene), held_out, parts)
+    is_formatted = parts == 3 and bool(writer.text) and rng.random() < 0.5
+    if is_formatted and rng.random() < 0.5:
+        del writer.left["line"]
     templates = HELD_OUT if held_out else TRAINING
     description = writer.finish(writer.fill(templates[rng.integers(len(templates))]))
-    speaker = f"{writer.named['person'].capitalize()}, {writer.language}"
-    dialogue = f'Dialogue:\n<{speaker}>: "{writer.text}"\n\n' if writer.text else ""
-    return description if parts == 1 else f"{description}\n\n{dialogue}Background Sound:\n<{writer.choose(QUIET)}>"
+    if parts == 1:
+        return description
+    speaker, sound = writer.named["person"].capitalize(), writer.choose(QUIET)
+    if is_formatted:
+        return format_prompt(description, [(speaker, writer.language, writer.text)], sound)
+    dialogue = f'Dialogue:\n<{speaker}, {writer.language}>: "{writer.text}"\n\n' if writer.text else ""
+    return f"{description}\n\n{dialogue}Background Sound:\n<{sound}>"
 
 
 class Writer:

@@ -177,16 +177,23 @@ def grade(readings: Readings, targets: Targets) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = make_parser(__doc__, steps=6000, batch_size=48, learning_rate=4e-3).parse_args()
+    parser = make_parser(__doc__, steps=6000, batch_size=48, learning_rate=4e-3)
+    parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
+    arguments = parser.parse_args()
 
     # 1. Tokenizer
-    prompts, _ = draw_prompts(np.random.default_rng(arguments.seed), 2000)
-    tokenizer = make_tokenizer(prompts + [DEFAULT_NEGATIVE_PROMPT] * 30)
+    torch.manual_seed(arguments.seed)
+    if arguments.start_from is None:
+        prompts, _ = draw_prompts(np.random.default_rng(arguments.seed), 2000)
+        tokenizer = make_tokenizer(prompts + [DEFAULT_NEGATIVE_PROMPT] * 30)
+        text_encoder = make_text_encoder(len(tokenizer))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.start_from / "tokenizer", padding_side="right")
+        text_encoder = T5GemmaEncoderModel.from_pretrained(arguments.start_from / "text_encoder").float()
     tokenizer.save_pretrained(arguments.output / "tokenizer")
 
     # 2. Encoder, on prompts that never repeat
-    torch.manual_seed(arguments.seed)
-    run = Run(arguments, {"text": TextModel(make_text_encoder(len(tokenizer)))})
+    run = Run(arguments, {"text": TextModel(text_encoder)})
     held_out_prompts, held_out_scenes = draw_prompts(np.random.default_rng(0), 256, held_out=True)
 
     def read(prompts: list[str]) -> Readings:

@@ -276,7 +276,7 @@ def test_recipe_learns_and_resumes(name, ten_steps, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["audio_vae", "turbo_vae", "video_vae", "base", "distilled"])
+@pytest.mark.parametrize("name", ["text_encoder", "audio_vae", "turbo_vae", "video_vae", "base", "distilled"])
 def test_goes_on_from_an_earlier_run(name, ten_steps, monkeypatch):
     folder = ten_steps.run(name, monkeypatch)
     train(name, f"continued/{name}", f"--start-from runs/{name} --steps 1 --learning-rate 1e-9", monkeypatch)

@@ -9,6 +9,8 @@ from people import draw_look
 from prompts import UNKNOWN, Scene, leave_out, make_prompt
 from words import LANGUAGES, VOCABULARY, VOICE, draw_words
 
+from diffusers_magihuman.prompts import CJK
+
 PLACE = "(wall|background|backdrop|room)( behind (her|him|them))?"
 GARMENT = "(t-shirt|shirt|jumper|top|sweater|pullover|blouse)"
 GLASSES = "(glasses|spectacles|eyeglasses)"
@@ -53,7 +55,8 @@ def draw(seed, held_out):
 def spoken(scene):
     """What finds the line, in either spelling and with unknown words in it."""
     between = rf"[ ,]*(?:(?:{UNKNOWN}|[a-z]{{4,9}})[ ,]*){{0,3}}"
-    either = "|".join(between.join(re.escape(word[column]) for word in scene.words) for column in (1, 2))
+    lines = ([re.escape(word[column]).replace(" ", " ?") for word in scene.words] for column in (1, 2))
+    either = "|".join(between.join(words) for words in lines)
     return re.compile(rf"(?<![a-z])({either})(?![a-z])" if scene.words else "", re.IGNORECASE)
 
 
@@ -69,6 +72,20 @@ def test_a_prompt_says_the_scene_and_nothing_else():
         assert not (scene.beard and re.search(r"\b(woman|lady|she|her)\b", text, re.IGNORECASE)), text
 
 
+def unspaced(text):
+    """Without the spaces that `format_prompt` puts between letters of Chinese, Japanese and Korean."""
+    return re.sub(f"(?<={CJK}) (?={CJK})", "", text)
+
+
+def test_half_of_the_lines_in_three_parts_are_as_the_command_writes_them():
+    scene = Scene(*[None] * 8, tuple(word for word in VOCABULARY if word.spelling == "谢谢"))
+    prompts = [make_prompt(np.random.default_rng(seed), scene, parts=3) for seed in range(200)]
+    spaced = [prompt for prompt in prompts if "谢 谢" in prompt.split("Dialogue:")[1]]
+    added = [prompt for prompt in spaced if re.search(r' \w+ says, "[^"]*"\n\nDialogue:', prompt)]
+    assert 60 < sum("谢谢" in prompt.split("Dialogue:")[1] for prompt in prompts) < 140
+    assert 0.3 < len(added) / len(spaced) < 0.9
+
+
 def test_three_parts_hold_the_line_and_its_language():
     for seed in range(200):
         scene, rng = draw(seed, False)
@@ -76,7 +93,8 @@ def test_three_parts_hold_the_line_and_its_language():
         assert re.fullmatch(r"Background Sound:\n<[\w ]+>", sound) and len(dialogue) >= bool(scene.words)
         for part in dialogue:
             speaker, language, line = re.fullmatch(r'Dialogue:\n<(\w+), (\w+)>: "(.*)"', part).groups()
-            assert spoken(scene).search(line) and language in ({word.language for word in scene.words} or LANGUAGES)
+            assert spoken(scene).search(unspaced(line))
+            assert language in ({word.language for word in scene.words} or LANGUAGES)
             assert not scene.beard or speaker not in ("Woman", "Lady")
 
 
@@ -87,7 +105,7 @@ def test_one_line_in_six_has_words_that_nobody_says():
     for words in ((), VOCABULARY[3:5]):
         scene, counts = Scene(*[None] * 8, words), []
         for seed in range(600):
-            prompt = make_prompt(np.random.default_rng(seed), scene, parts=3)
+            prompt = unspaced(make_prompt(np.random.default_rng(seed), scene, parts=3))
             line = re.findall(r'>: "(.*)"', prompt.lower())[:1]
             counts.append(len(re.findall(r"[^ ,.!]+", line[0]) if line else ()) - len(words))
         assert {*counts} == {0, 1, 2, 3} and 0.12 < np.mean(np.array(counts) > 0) < 0.21
