@@ -101,6 +101,7 @@ ANYBODY = "person|speaker|presenter|teacher|host|singer"
 SAYS = "says {line}{manner}|says{manner}: {line}|says{manner} {line}|says clearly{manner}: {line}"
 SILENT = "is silent|listens|says nothing|"
 QUOTED = '"{}"|"{}"|"{}"|“{}”|\'{}\'|{}'
+SOMETHING = "something|a line|a few words|what follows"  # where the line is in a part of its own
 LEAD = (
     "|||a video of|a close-up of|medium shot of|portrait of|cartoon of|we see|there is|show me|please make a clip of|"
     "I would like to see"
@@ -229,10 +230,13 @@ def make_prompt(rng: np.random.Generator, scene: Scene, held_out: bool = False, 
     parts = parts or (1, 3)[rng.integers(2)]
     writer = Writer(rng, without_needless(scene), held_out, parts)
     is_formatted = parts == 3 and bool(writer.text) and rng.random() < 0.5
+    instead = ""
     if is_formatted and rng.random() < 0.5:
-        del writer.left["line"]
+        instead = writer.choose(SOMETHING)
+        if scene.voice is None:  # else it is said with the line
+            del writer.left["line"]
     templates = HELD_OUT if held_out else TRAINING
-    description = writer.finish(writer.fill(templates[rng.integers(len(templates))]))
+    description = writer.finish(writer.fill(templates[rng.integers(len(templates))]), instead)
     if parts == 1:
         return description
     speaker, sound = writer.named["person"].capitalize(), writer.choose(QUIET)
@@ -420,8 +424,9 @@ class Writer:
     def joined(self, pieces: list[str]) -> str:
         return self.separators[self.rng.integers(len(self.separators))].join(filter(None, pieces))
 
-    def finish(self, text: str) -> str:
-        """Puts in an aside now and then, mends spaces and articles, chooses capitals, and puts in the line."""
+    def finish(self, text: str, instead: str) -> str:
+        """Puts in an aside now and then, mends spaces and articles, chooses capitals, and puts in the line, or what
+        is said instead of it."""
         text = text.strip(" ,;:")
         if self.rng.random() < 1 / 8:
             text = self.choose("{0}. {1}|{1}. {0}").format(text, self.choose(ASIDE))
@@ -437,6 +442,8 @@ class Writer:
             text = re.sub(r"(^|\s)[a-z]", lambda match: match[0].upper(), text)
         elif style < 0.8 and text[-1] not in ".?!":
             text += "."
+        if instead:
+            return text.replace(LINE, instead)
         quotes = self.choose(QUOTED)
         line = self.text.rstrip(".!") if quotes == "{}" else self.text
         return re.sub(r"([.!]\W)\.", r"\1", text.replace(LINE, quotes.format(line)))
