@@ -61,7 +61,7 @@ def spectral_loss(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         spectra = [
             torch.stft(audio, size, size // 2, window=window, return_complex=True).abs() for audio in (decoded, target)
         ]
-        losses.append(F.l1_loss(*(torch.log(spectrum + 0.05) for spectrum in spectra)))
+        losses.append(F.l1_loss(*(torch.log(spectrum + 0.01) for spectrum in spectra)))  # hiss has about 0.15
     return torch.stack(losses).mean()
 
 
@@ -135,7 +135,7 @@ def main() -> None:
         sides = (decoded[:, 0] - decoded[:, 1]).abs().mean()
         run.update(
             "audio_vae",
-            waveform + 0.3 * spectrum + sides + encoder_loss,
+            waveform + spectrum + sides + encoder_loss,
             encoder_mse=2 * encoder_loss,  # which half of the steps have
             waveform=waveform,
             spectrum=spectrum,
