@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from clips import make_scene
 from diffusers import DiffusionPipeline
 from make_dataset import Dataset
@@ -323,7 +324,8 @@ class Evaluation:
         audio_vae, sounds, ratios = self.pipes["distilled"].audio_vae, [], []
         for voice in map(torch.from_numpy, voices):
             mode = audio_vae.encode(voice.expand(1, 2, -1)).latent_dist.mode()
-            sounds.append(audio_vae.decode(mode).sample[0].mean(dim=0))
+            sound = audio_vae.decode(mode).sample[0].mean(dim=0)
+            sounds.append(F.pad(sound, (0, len(voice) - len(sound))))  # where the end is no whole latent
             ratios.append(10 * torch.log10(voice.square().sum() / (sounds[-1] - voice).square().sum()))
         clips = [Shown(to_frames(video)[0], sound.numpy()) for video, sound in zip(decoded, sounds, strict=True)]
         read_back = prefixed("read", self.read(self.few, clips))
