@@ -7,6 +7,9 @@ Latents of sound are those that the sound autoencoder learns to compute, `Speech
         --output cache/128x128x49/0
     python examples/nano/cache_latents.py --first 1000 ... --output cache/128x128x49/1000   # at the same time
 
+With `--drawn 1` a clip takes a fiftieth of the time and, in training, of the tokens of its video: its first frame and
+its whole sound say what a prompt means, and only how a face moves has to be learned from whole clips.
+
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
 (clips x length x channels) and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip number i is
 `clips.make_clip(i)`. A folder appears when it is complete; frames and voices are on no disk.
@@ -31,6 +34,9 @@ from words import VOCABULARY
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 
 
+TEXT_TOKENS = 128  # as many as most prompts are padded to
+
+
 class Cache(NamedTuple):
     """What `cache_latents.py` wrote; the arrays stay on disk until they are indexed."""
 
@@ -40,8 +46,8 @@ class Cache(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of a transformer, for the video and the sound of a clip."""
-        return int(np.prod(self.latents.shape[2:])) + self.audio_latents.shape[1]
+        """Of a transformer, for the video and the sound of a clip and its usual prompt."""
+        return int(np.prod(self.latents.shape[2:])) + self.audio_latents.shape[1] + TEXT_TOKENS
 
 
 def load_cache(folder: Path) -> Cache:
@@ -58,8 +64,8 @@ def load_cache(folder: Path) -> Cache:
 
 
 def choose_cache(caches: list[Cache], rng: np.random.Generator) -> int:
-    """Draws the number of a cache, in proportion to its clips."""
-    counts = np.array([len(cache.scenes) for cache in caches])
+    """Draws the number of a cache, in proportion to its tokens: batches of equal size hold each clip as often."""
+    counts = np.array([cache.num_tokens * len(cache.scenes) for cache in caches])
     return int(rng.choice(len(caches), p=counts / counts.sum()))
 
 
@@ -78,6 +84,7 @@ def main() -> None:
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), help="width and height, default: 128 128")
     parser.add_argument("--frames", type=int, default=49, help="of a clip, 4 * k + 1, default: %(default)s")
+    parser.add_argument("--drawn", type=int, help="draw and encode so many first frames alone, 4 * k + 1, default: all")
     parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="number of the first clip, default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
@@ -92,7 +99,10 @@ def main() -> None:
     arrays = {}
     for start in range(0, arguments.clips, arguments.batch_size):
         numbers = range(start, min(start + arguments.batch_size, arguments.clips))
-        clips = [make_clip(arguments.first + number, *arguments.size, arguments.frames) for number in numbers]
+        clips = [
+            make_clip(arguments.first + number, *arguments.size, arguments.frames, num_drawn=arguments.drawn)
+            for number in numbers
+        ]
         video = to_tensor(np.stack([clip.drawing.frames for clip in clips])).to(accelerator.device)
         with accelerator.autocast():
             latents = encode(turbo_vae, video)

@@ -48,15 +48,26 @@ def make_scene(rng: np.random.Generator, seconds: float, held_out: bool = False)
     return Scene(**asdict(look), voice=voice, words=words)
 
 
-def make_clip(seed: int, width: int = 128, height: int = 128, num_frames: int = 49, held_out: bool = False) -> Clip:
-    """Makes a clip, always the same for a seed; its frames of different sizes are pictures of the same moments."""
+def make_clip(
+    seed: int,
+    width: int = 128,
+    height: int = 128,
+    num_frames: int = 49,
+    held_out: bool = False,
+    num_drawn: int | None = None,
+) -> Clip:
+    """
+    Makes a clip, always the same for a seed; its frames of different sizes are pictures of the same moments.
+
+    Only its first `num_drawn` frames are drawn, by default all; it is heard whole.
+    """
     rng = np.random.default_rng([seed, held_out])
     scene = make_scene(rng, num_frames / FRAME_RATE, held_out)
     prompt = make_prompt(rng, scene, held_out)
     speech = say(rng, scene.words, scene.voice, num_frames)
     look = Look(**{field.name: getattr(scene, field.name) for field in fields(Look)})
     motion = make_motion(rng, num_frames, speech.stress)
-    return Clip(scene, prompt, draw_person(rng, look, motion, speech.mouth, width, height), speech)
+    return Clip(scene, prompt, draw_person(rng, look, motion, speech.mouth[:num_drawn], width, height), speech)
 
 
 def main() -> None:

@@ -40,22 +40,24 @@ video() { recipe turbo_vae train_turbo_vae 5000 "${datasets[@]}" "${long[@]}"; }
 text() { recipe text_encoder train_text_encoder 1200; }
 both video text
 
-# 2. Latents of clips: width, height, frames, and how many parts of equal numbers of clips an hour of the whole has
+# 2. Latents of clips: width, height, frames, how many parts of equal numbers of clips an hour of the whole has, and how
+#    many frames are drawn if not all
 shapes=(
     "128 128 49 12" "128 128 25 4" "128 128 97 4" "128 128 149 2" "256 256 25 4"
     "96 160 49 4" "160 96 49 4" "128 160 49 4" "160 128 49 4" "96 160 97 2" "160 128 97 2"
+    "128 128 49 60 1" "128 128 25 10 1" "128 128 97 10 1" "128 128 149 6 1"
 )
 clips=$((minutes < 60 ? minutes + 1 : 60))
 lane() { # draws and encodes each second part
     for number in "${!shapes[@]}"; do
-        read -r width height frames parts <<<"${shapes[number]}"
+        read -r width height frames parts drawn <<<"${shapes[number]}"
         # The upscaler needs the same clips in two sizes; all other shapes have clips of their own.
-        first=$((width == height && frames == 25 ? 0 : (number + 1) * 100000))
+        first=$((width == height && frames == 25 && drawn != 1 ? 0 : (number + 1) * 100000))
         for ((part = $1; part < $(per_hour "$parts"); part += 2)); do
-            folder=cache/${width}x${height}x$frames/$part
+            folder=cache/${width}x${height}x$frames${drawn:+-$drawn}/$part
             [ -d "$folder" ] || python "$recipes/cache_latents.py" --output "$folder" --size "$width" "$height" \
                 --frames "$frames" --clips $clips --first $((first + part * clips)) --turbo-vae runs/turbo_vae \
-                "${options[@]}" >/dev/null
+                ${drawn:+--drawn "$drawn"} "${options[@]}" >/dev/null
         done
     done
 }
@@ -65,9 +67,9 @@ both even odd
 
 # 3. Transformers, the decoder of the base, and sound
 text_and_vae=(--text runs/text_encoder --turbo-vae runs/turbo_vae)
-small=(cache/1[26]*x*/* cache/96x*/*)
+small=(cache/{1[26]*,96}x*x*[0-9][0-9]/*)
 generation() {
-    recipe base train_transformer 1500 --data "${small[@]}" "${text_and_vae[@]}" "${long[@]}"
+    recipe base train_transformer 1500 --data "${small[@]}" cache/*-1/* "${text_and_vae[@]}" "${long[@]}"
     recipe distilled train_distilled 30 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" --save-every 20
 }
 decoding() {

@@ -4,7 +4,8 @@
 What a latent says is settled first, as the voices are synthesised: the phase of the pitch twice, the pitch, formants,
 and how loud voice and noise are. The decoder learns to speak from it and the encoder, in every second step, to compute
 it and what the decoder needs. Trained together from nothing they get no further than the few principal components of
-a waveform that a dozen numbers hold: the phase of a pitch is hard to come upon, and easy to learn.
+a waveform that a dozen numbers hold: the phase of a pitch is hard to come upon, and easy to learn. So is noise: a
+decoder draws none, and left to itself it is silent at an s, so what it should decode has noise that repeats.
 
     python examples/nano/train_audio_vae.py --output runs/audio_vae
 """
@@ -41,11 +42,11 @@ def make_audio_vae() -> AutoencoderOobleck:
     return vae
 
 
-def make_speech(seed: int, num_frames: int = 49) -> Speech:
+def make_speech(seed: int, num_frames: int = 49, noise_repeats: bool = False) -> Speech:
     """A line in a voice, always the same for a seed."""
     rng = np.random.default_rng(seed)
     words = draw_words(rng, num_frames / FRAME_RATE)
-    return say(rng, words, list(VOICE)[rng.integers(len(VOICE))], num_frames)
+    return say(rng, words, list(VOICE)[rng.integers(len(VOICE))], num_frames, noise_repeats)
 
 
 def to_stereo(voices: torch.Tensor) -> torch.Tensor:
@@ -61,19 +62,18 @@ def spectral_loss(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         spectra = [
             torch.stft(audio, size, size // 2, window=window, return_complex=True).abs() for audio in (decoded, target)
         ]
-        losses.append(F.l1_loss(*(torch.log(spectrum + 0.01) for spectrum in spectra)))  # hiss has about 0.15
+        losses.append(F.l1_loss(*(torch.log(spectrum + 0.01) for spectrum in spectra)))  # an s has about 0.15
     return torch.stack(losses).mean()
 
 
 def waveform_loss(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
-    Error of waveforms relative to their power, `(batch, samples)` each, in octaves from 300 to 2,400 Hz.
+    Error of waveforms relative to their power, `(batch, samples)` each, in octaves from 300 Hz on.
 
-    Low octaves count as much as loud ones, because the phase of the pitch is learned there first. What is higher is
-    left to [`spectral_loss`]: the waveform of noise cannot be told from its loudness, so silence errs least.
+    Low octaves count as much as loud ones, because the phase of the pitch is learned there first.
     """
     spectra = torch.fft.rfft(torch.stack([decoded - target, target])).abs().square().sum(dim=1) / target.shape[1]
-    edges = [round(edge * target.shape[1] / SAMPLING_RATE) for edge in (0, 300, 600, 1200, 2400)]
+    edges = [round(edge * target.shape[1] / SAMPLING_RATE) for edge in (0, 300, 600, 1200, 2400, 6400)]
     bands = [spectra[:, low:high].sum(dim=1) for low, high in itertools.pairwise(edges)]
     errors, powers = torch.stack(bands, dim=1)
     return (errors / (powers + 0.03 * powers.sum(dim=0) + 0.75)).mean()  # a voice has a power of about 25
@@ -105,12 +105,15 @@ def main() -> None:
 
     # 1. What latents say
     torch.manual_seed(arguments.seed)
-    speeches = [make_speech(seed) for seed in (*range(arguments.lines), *range(2**32, 2**32 + 12))]
+    seeds = (*range(arguments.lines), *range(2**32, 2**32 + 12))
+    speeches = [make_speech(seed) for seed in seeds]
     voices = torch.stack([torch.from_numpy(speech.voice) for speech in speeches])
     states = torch.from_numpy(np.stack([speech.latents.T for speech in speeches]))
     (voices, held_out), (states, held_out_states) = (
         values.split([arguments.lines, 12]) for values in (voices, states)
     )
+    targets = np.stack([make_speech(seed, noise_repeats=True).voice for seed in seeds[: arguments.lines]])
+    targets = torch.from_numpy(targets)
     vae = make_audio_vae()
     if arguments.start_from is not None:
         vae = AutoencoderOobleck.from_pretrained(arguments.start_from / "audio_vae").float()
@@ -125,13 +128,15 @@ def main() -> None:
         starts = rng.integers(states.shape[2] - arguments.length + 1, size=arguments.batch_size)
         pieces = [(clip, slice(start, start + arguments.length)) for clip, start in zip(clips, starts, strict=True)]
         latents = torch.stack([states[clip][:, piece] for clip, piece in pieces]).to(run.device)
-        audio = [voices[clip, HOP * piece.start : HOP * piece.stop] for clip, piece in pieces]
-        audio = torch.stack(audio).to(run.device)
+        audio, target = (
+            torch.stack([values[clip, HOP * piece.start : HOP * piece.stop] for clip, piece in pieces]).to(run.device)
+            for values in (voices, targets)
+        )
         with run.accelerator.autocast():
             encoded = encode(to_stereo(audio)).chunk(2, dim=1)[0] if run.step % 2 else latents
             decoded = decode(encoded)
         encoder_loss, decoded = F.mse_loss(encoded.float(), latents), decoded.float()
-        waveform, spectrum = (loss(decoded[:, 0], audio) for loss in (waveform_loss, spectral_loss))
+        waveform, spectrum = (loss(decoded[:, 0], target) for loss in (waveform_loss, spectral_loss))
         sides = (decoded[:, 0] - decoded[:, 1]).abs().mean()
         run.update(
             "audio_vae",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from cache_latents import Cache, choose_cache, load_cache, read_clips
+from cache_latents import TEXT_TOKENS, Cache, choose_cache, load_cache, read_clips
 from clips import make_scene
 from prompts import Scene, leave_out, make_prompt
 from recipe import Run, make_parser, save_sheet, to_frames
@@ -25,7 +25,7 @@ from words import FRAME_RATE
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowScheduler, MagiHumanTransformer3DModel
 from diffusers_magihuman.training import flow_matching_loss, sample_noise_levels
 
-USUAL_TOKENS = 13 * 8 * 8 + 49  # of video and sound in a clip of 128 x 128 pixels and 49 frames
+USUAL_TOKENS = 13 * 8 * 8 + 49 + TEXT_TOKENS  # of a clip of 128 x 128 pixels and 49 frames
 
 
 def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:

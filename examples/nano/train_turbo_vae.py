@@ -48,9 +48,9 @@ def encode(vae: AutoencoderKLMagiHumanTurbo, video: torch.Tensor) -> torch.Tenso
     """The mean that `vae.encode` gives, with all frames after the first at once, which is faster."""
     cache: list[torch.Tensor | None] = [None] * 64
     patches = patchify(video, 2)
-    first = vae.encoder(patches[:, :, :1], feat_cache=cache, feat_idx=[0])
-    rest = vae.encoder(patches[:, :, 1:], feat_cache=cache, feat_idx=[0])
-    return vae.quant_conv(torch.cat([first, rest], dim=2))[:, :LATENT_CHANNELS]
+    parts = [part for part in (patches[:, :, :1], patches[:, :, 1:]) if part.shape[2]]
+    states = [vae.encoder(part, feat_cache=cache, feat_idx=[0]) for part in parts]
+    return vae.quant_conv(torch.cat(states, dim=2))[:, :LATENT_CHANNELS]
 
 
 def draw_crops(

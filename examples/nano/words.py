@@ -315,7 +315,9 @@ def schedule(rng: np.random.Generator, words: Sequence[Word], seconds: float) ->
 # How it sounds and looks
 
 
-def say(rng: np.random.Generator, words: Sequence[Word], voice: str, num_frames: int) -> Speech:
+def say(
+    rng: np.random.Generator, words: Sequence[Word], voice: str, num_frames: int, noise_repeats: bool = False
+) -> Speech:
     """
     Says words, or is silent with a closed mouth if there are none.
 
@@ -324,6 +326,8 @@ def say(rng: np.random.Generator, words: Sequence[Word], voice: str, num_frames:
         words (`Sequence[Word]`): What is said, in this order.
         voice (`str`): Key of `VOICE`.
         num_frames (`int`): Length of the clip.
+        noise_repeats (`bool`): Whether noise has the same waveform in each frame of each clip, so that a decoder,
+            which draws none, can make it. All else is the same.
 
     Raises:
         ValueError: If the words do not fit in.
@@ -341,7 +345,7 @@ def say(rng: np.random.Generator, words: Sequence[Word], voice: str, num_frames:
     stress = smooth(np.array([float(part.tone != "") for part in segments])[which], 0.30)
     pitch, scale = VOICE[voice]
     pitch = pitch * make_pitch(rng, segments, times)
-    sound, *controls = synthesise(rng, segments, which, times, pitch, scale)
+    sound, *controls = synthesise(rng, segments, which, times, pitch, scale, noise_repeats)
     gain = 0.5 / max(np.abs(sound).max(), 1e-6)
     phases, levels = (values[steps // 4 :: steps // 2].reshape(num_frames, 2) for values in controls[::2])
     pitch, formants, level, noise = (values[steps // 2 :: steps] for values in (pitch, *controls[1:]))
@@ -384,6 +388,7 @@ def synthesise(
     times: np.ndarray,
     pitch: np.ndarray,
     scale: float,
+    noise_repeats: bool = False,
 ) -> tuple[np.ndarray, ...]:
     """
     Sends harmonics of the pitch through formants, and noise through bands, by a filter that changes over time.
@@ -395,6 +400,7 @@ def synthesise(
         times (`np.ndarray` of shape `(num_times,)`): Moments in seconds, `CONTROL_RATE` a second.
         pitch (`np.ndarray` of shape `(num_times,)`): Hz.
         scale (`float`): Factor of the formants.
+        noise_repeats (`bool`): See [`say`].
 
     Returns:
         `tuple`: Sound at `SAMPLING_RATE`, of any level, `((num_times - 1) * 64,)`; and at each moment the phase of
@@ -407,6 +413,8 @@ def synthesise(
     count = int(SAMPLING_RATE / 2 / pitch.max())
     harmonics = np.sin(count * half) * np.sin((count + 1) * half) / np.sin(half)  # the sum of so many sines
     noise = rng.standard_normal(num_samples)
+    if noise_repeats:
+        noise = np.resize(np.random.default_rng(0).standard_normal(SAMPLING_RATE // FRAME_RATE), num_samples)
 
     bins = np.arange(0, SAMPLING_RATE / 2 + 1, SAMPLING_RATE // size, dtype=np.float32)  # Hz
     formants = scale * smooth(np.array([part.sound.formants for part in segments], np.float32)[which], 0.08)

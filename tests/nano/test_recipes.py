@@ -171,6 +171,13 @@ def test_caches_hold_latents_and_scenes_of_clips(one_step, monkeypatch):
     with pytest.raises(OSError, match=r"latents\.npy"):
         cache_latents.load_cache(folder)
 
+    # First frames alone are those of the whole clips, and so are the sounds.
+    options = f"--turbo-vae runs/turbo_vae --first 5 --size 96 64 --frames {FRAMES} --clips {NUM_CLIPS}"
+    run(cache_latents, f"{options} --drawn 1 --output cache/drawn", monkeypatch)
+    drawn = cache_latents.load_cache(folder / "cache" / "drawn")
+    assert drawn.latents.shape[2] == 1 and np.abs(drawn.latents - cache.latents[:, :, :1]).max() < 0.01
+    assert drawn.scenes == cache.scenes and np.array_equal(drawn.audio_latents, cache.audio_latents)
+
 
 def test_batches_of_any_shape_have_about_as_many_tokens():
     def make_cache(clips, *shape):
@@ -183,7 +190,7 @@ def test_batches_of_any_shape_have_about_as_many_tokens():
         batch = train_transformer.draw_batch(caches, np.random.default_rng(seed), 4, torch.device("cpu"))
         assert len(batch.latents) == len(batch.audio_latents) == len(batch.prompts) == len(batch.has_audio)
         sizes.append((len(batch.latents), batch.latents.shape[4]))
-    assert {*sizes} == {(4, 8), (2, 16)} and 0.65 < np.mean([width == 8 for _, width in sizes]) < 0.85
+    assert {*sizes} == {(4, 8), (2, 16)} and 0.5 < np.mean([width == 8 for _, width in sizes]) < 0.75
 
 
 def test_prompts_often_say_something_else_than_what_is_given():
