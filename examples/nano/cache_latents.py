@@ -33,7 +33,6 @@ from words import VOCABULARY
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 
-
 TEXT_TOKENS = 128  # as many as most prompts are padded to
 
 
@@ -84,7 +83,7 @@ def main() -> None:
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), help="width and height, default: 128 128")
     parser.add_argument("--frames", type=int, default=49, help="of a clip, 4 * k + 1, default: %(default)s")
-    parser.add_argument("--drawn", type=int, help="draw and encode so many first frames alone, 4 * k + 1, default: all")
+    parser.add_argument("--drawn", type=int, help="only so many first frames, 4 * k + 1, default: all of them")
     parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="number of the first clip, default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
