@@ -388,7 +388,7 @@ def synthesise(
     times: np.ndarray,
     pitch: np.ndarray,
     scale: float,
-    noise_repeats: bool = False,
+    noise_repeats: bool,
 ) -> tuple[np.ndarray, ...]:
     """
     Sends harmonics of the pitch through formants, and noise through bands, by a filter that changes over time.

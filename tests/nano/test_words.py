@@ -55,6 +55,19 @@ def test_latents_are_normalised():
     assert np.abs(np.hypot(*latents[:, [0, 2]].T)).max() < 1.51 and latents.shape == (30 * 75, 13)
 
 
+def test_noise_that_repeats_is_the_same_in_each_frame_and_all_else_as_it_was():
+    word = next(word for word in VOCABULARY if word.romanised == "si")
+    repeats, correlations = (False, True), []
+    speeches = [say(np.random.default_rng(5), (word,), "medium", 30, noise_repeats) for noise_repeats in repeats]
+    for speech in speeches:
+        sos = scipy.signal.butter(8, 4500, "highpass", fs=SAMPLING_RATE, output="sos")  # an s is there alone
+        hiss = scipy.signal.sosfiltfilt(sos, speech.voice)
+        assert np.abs(hiss).max() > 0.02
+        correlations.append(np.dot(hiss[:-512], hiss[512:]) / np.dot(hiss, hiss))
+    assert abs(correlations[0]) < 0.2 and correlations[1] > 0.4
+    assert np.abs(speeches[0].latents - speeches[1].latents).max() < 0.01
+
+
 def test_lips_shut_for_three_frames_and_open_for_vowels():
     for i, word in enumerate(VOCABULARY):
         speech, sounds = speak(word, "deep", i), split(word)
