@@ -28,12 +28,11 @@ from accelerate import Accelerator
 from clips import make_clip
 from prompts import Scene
 from recipe import to_tensor
+from train_text_encoder import TEXT_TOKENS
 from train_turbo_vae import encode
 from words import VOCABULARY
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
-
-TEXT_TOKENS = 128  # as many as most prompts are padded to
 
 
 class Cache(NamedTuple):
@@ -89,6 +88,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="default: no")
     arguments = parser.parse_args()
+    for name in ("frames", "drawn"):
+        count = getattr(arguments, name)
+        if count is not None and not (count >= 1 and count % 4 == 1):
+            parser.error(f"--{name} is {count}, it must be 1, 5, 9 and so on")
 
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     turbo_vae = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.turbo_vae / "vae").to(accelerator.device)

@@ -31,6 +31,7 @@ from words import VOCABULARY, VOICE
 from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
 
 HIDDEN_SIZE = 128
+TEXT_TOKENS = 128  # prompts are padded to multiples of it, most to itself
 MAX_WORDS = 8
 ATTRIBUTES = {**LOOKS, "voice": VOICE}
 
@@ -118,7 +119,7 @@ class Texts:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="right")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.text_encoder = T5GemmaEncoderModel.from_pretrained(folder / "text_encoder").to(device).eval()
         self.negative = self.embed([DEFAULT_NEGATIVE_PROMPT])
 
@@ -130,7 +131,7 @@ class Texts:
     def embed(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(batch, length, channels)` and their mask."""
         # Few lengths, so that a compiled transformer is compiled few times.
-        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=128, return_tensors="pt")
+        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=TEXT_TOKENS, return_tensors="pt")
         tokens = tokens.to(self.text_encoder.device)
         states = self.text_encoder(**tokens).last_hidden_state
         return states.half().float(), tokens.attention_mask.bool()
@@ -188,7 +189,7 @@ def main() -> None:
         tokenizer = make_tokenizer(prompts + [DEFAULT_NEGATIVE_PROMPT] * 30)
         text_encoder = make_text_encoder(len(tokenizer))
     else:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.start_from / "tokenizer", padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(arguments.start_from / "tokenizer")
         text_encoder = T5GemmaEncoderModel.from_pretrained(arguments.start_from / "text_encoder").float()
     tokenizer.save_pretrained(arguments.output / "tokenizer")
 

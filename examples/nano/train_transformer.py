@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from cache_latents import TEXT_TOKENS, Cache, choose_cache, load_cache, read_clips
+from cache_latents import Cache, choose_cache, load_cache, read_clips
 from clips import make_scene
 from prompts import Scene, leave_out, make_prompt
 from recipe import Run, make_parser, save_sheet, to_frames
-from train_text_encoder import HIDDEN_SIZE, Texts
+from train_text_encoder import HIDDEN_SIZE, TEXT_TOKENS, Texts
 from words import FRAME_RATE
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowScheduler, MagiHumanTransformer3DModel

@@ -179,6 +179,13 @@ def test_caches_hold_latents_and_scenes_of_clips(one_step, monkeypatch):
     assert drawn.scenes == cache.scenes and np.array_equal(drawn.audio_latents, cache.audio_latents)
 
 
+@pytest.mark.parametrize("option", ["--frames", "--drawn"])
+def test_frames_that_are_no_latent_frames(option, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(cache_latents, f"--turbo-vae none --output {tmp_path}/cache {option} 6", monkeypatch)
+    assert f"{option} is 6, it must be 1, 5, 9 and so on" in capsys.readouterr().err
+
+
 def test_batches_of_any_shape_have_about_as_many_tokens():
     def make_cache(clips, *shape):
         scenes = [make_scene(np.random.default_rng(seed), 6) for seed in range(clips)]
