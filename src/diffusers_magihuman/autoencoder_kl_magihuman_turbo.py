@@ -431,7 +431,6 @@ class AutoencoderKLMagiHumanTurbo(
         posterior = DiagonalGaussianDistribution(torch.cat([self._encode(sample) for sample in samples]))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    @apply_forward_hook
     def decode_windows(self, z: Tensor) -> Iterator[Tensor]:
         """Decode one window of latent frames after the other, so that only one of them is in memory at a time: parts
         of what [`~AutoencoderKLMagiHumanTurbo.decode`] gives for the same latents, to be joined along dimension 2.
@@ -454,10 +453,14 @@ class AutoencoderKLMagiHumanTurbo(
             is_first, is_last = start == 0, end == z.shape[2]
             num_before, num_after = int(not is_first), int(not is_last)
             window = z[:, :, start - num_before : end + num_after]
-            samples = window.split(1) if self.use_slicing else [window]
-            frames = torch.cat([self.decoder(sample, is_first_chunk=is_first, **tiling) for sample in samples])
+            frames = self._decode_window(window, is_first_chunk=is_first, **tiling)
             num_cut = num_padding if is_last else num_after
             yield frames[:, :, num_before * ratio : frames.shape[2] - num_cut * ratio]
+
+    @apply_forward_hook  # for each window, as another call may have offloaded the model since the last one
+    def _decode_window(self, window: Tensor, **options: Any) -> Tensor:
+        samples = window.split(1) if self.use_slicing else [window]
+        return torch.cat([self.decoder(sample, **options) for sample in samples])
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:

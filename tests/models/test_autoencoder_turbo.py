@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKLWan
 from golden import DATA, load_golden, load_golden_weights
 
@@ -380,3 +381,21 @@ def test_encode_errors(tiny_vae):
             tiny_vae.encode(wrong)
     with pytest.raises(ValueError, match=r"no encoder.*encoder="):
         AutoencoderKLMagiHumanTurbo(**TINY).encode(torch.zeros(1, 3, 1, 16, 16))
+
+
+def test_each_window_brings_an_offloaded_model_back():
+    class Onload(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            module.float()
+            return args, kwargs
+
+    vae = AutoencoderKLMagiHumanTurbo(**TINY).eval()
+    z = torch.randn(1, 8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+        add_hook_to_module(vae, Onload())
+        windows = []
+        for window in vae.decode_windows(z):
+            windows.append(window)
+            vae.double()  # in place of another device, as a call that ends between two windows leaves it
+    assert len(windows) > 1 and torch.equal(torch.cat(windows, dim=2), expected)
