@@ -416,7 +416,7 @@ def find_variant(
     allowed: Sequence[str] = VARIANTS,
 ) -> str:
     """The variant that is meant, see [`check_variant`], or else the one that the path names."""
-    return check_variant(guess_variant(source, subfolder) if variant is None else variant, allowed)
+    return check_variant(guess_variant(source, subfolder, allowed) if variant is None else variant, allowed)
 
 
 def variant_config(variant: str, num_layers: int) -> dict[str, Any]:
@@ -427,7 +427,7 @@ def variant_config(variant: str, num_layers: int) -> dict[str, Any]:
     return {"coordinate_style": style, "local_attention_layers": tuple(sorted(local_layers))}
 
 
-def guess_variant(source: str | os.PathLike[str], subfolder: str | None) -> str:
+def guess_variant(source: str | os.PathLike[str], subfolder: str | None, allowed: Sequence[str] = VARIANTS) -> str:
     """Reads the variant off the last part of a path that names one, else raises a `ValueError`."""
     if not isinstance(source, str | os.PathLike) or not isinstance(subfolder, str | None):
         raise ValueError(f"`path_or_repo`={show(source)} and `subfolder`={show(subfolder)} must be paths.")
@@ -437,4 +437,5 @@ def guess_variant(source: str | os.PathLike[str], subfolder: str | None) -> str:
     found = next(filter(None, named), [])
     if len(found) == 1:
         return found[0]
-    raise ValueError(f"The path {'/'.join(parts)!r} does not tell the variant; pass `variant=`, one of {VARIANTS}.")
+    path = "/".join(parts)
+    raise ValueError(f"The path {path!r} does not tell the variant; pass `variant=`, one of {tuple(allowed)}.")

@@ -185,7 +185,8 @@ def load_original_turbo_vae(
         dtype, torch_dtype (`torch.dtype` or `str`, *optional*): Of all weights, float32 by default.
         subfolder (`str`, *optional*): Directory within it; `"turbo_vae"` if there is one, and of a repository.
         encoder (`str` or `os.PathLike`, *optional*): Wan 2.2 VAE in Diffusers format whose encoder is taken along, a
-            directory or a repository with a folder `vae`. Without it the model only decodes.
+            directory or a repository with a folder `vae`, whose newest revision is taken. Without it the model only
+            decodes.
     """
     check_options("load_original_turbo_vae", hub_kwargs, HUB_OPTIONS)
     dtype = check_dtype("dtype", torch_dtype if dtype is None else dtype, torch.float32)
@@ -198,7 +199,7 @@ def load_original_turbo_vae(
         raise OSError(f"{str(path)!r} must hold one .ckpt or .safetensors file, but holds {[f.name for f in files]}.")
     model = AutoencoderKLMagiHumanTurbo.from_single_file(files[0])
     if encoder is not None:
-        wan = load_part(AutoencoderKLWan, encoder, torch.float32, **hub_kwargs)
+        wan = load_part(AutoencoderKLWan, encoder, torch.float32, **hub_kwargs | {"revision": None})
         config = {name: value for name, value in model.config.items() if not name.startswith("_")}
         config |= {f"encoder_{name}": wan.config[name] for name in ("base_dim", "dim_mult", "num_res_blocks")}
         config |= {name: wan.config[name] for name in ("latents_mean", "latents_std")}

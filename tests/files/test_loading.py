@@ -654,6 +654,15 @@ def test_revision_is_that_of_the_transformer_alone(repositories, monkeypatch):
     load_original_components(transformer, "distill", revision="v1", **sources)
     assert revisions == {transformer: {"v1"}} | {source: {None} for source in sources.values()}
 
+    revisions.clear()
+    load_original_turbo_vae(sources["turbo_vae"], encoder=sources["video_vae"], revision="v1")
+    assert revisions == {sources["turbo_vae"]: {"v1"}, sources["video_vae"]: {None}}
+
+
+def test_variants_that_a_pipeline_does_not_take_are_not_offered(tmp_path):
+    with pytest.raises(ValueError, match=r"`variant=`, one of \('sr-540p', 'sr-1080p'\)"):
+        MagiHumanLatentUpscalePipeline.from_original(tmp_path)
+
 
 def test_from_original_in_bf16_keeps_fp32_parts(repositories, tmp_path):
     sources = local_sources(repositories)
