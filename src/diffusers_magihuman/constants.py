@@ -13,6 +13,7 @@ ORIGINAL = "GAIR/daVinci-MagiHuman"
 TEXT_ENCODER = "google/t5gemma-9b-9b-ul2"
 AUDIO_VAE = "stabilityai/stable-audio-open-1.0"
 VIDEO_VAE = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+CONVERTED_VAES = {"turbo_vae": ORIGINAL, "audio_vae": AUDIO_VAE}  # with the video VAE, by default from there
 VARIANTS = ("base", "distilled", "sr-540p", "sr-1080p")
 CARD_VARIANTS = (*VARIANTS, "turbo-vae")
 

@@ -370,3 +370,8 @@ def test_command(source, parts, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert "it must be new" in errors[-3] and "does not tell the variant" in errors[-2]
     assert "SOURCE 'nowhere' is neither a path that exists" in errors[-1]
+    for option in ("--turbo-vae", "--audio-vae"):
+        assert main(["convert", str(source), str(tmp_path / "other"), option, "owner/name"]) == 2
+        assert f"{option} must come with --with-vaes" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(ValueError, match="`turbo_vae`='owner/name' needs `video_vae`"):
+        convert_checkpoint(source, tmp_path / "other", turbo_vae="owner/name")

@@ -22,15 +22,14 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..constants import (
-    AUDIO_VAE,
     CARD_VARIANTS,
+    CONVERTED_VAES,
     FRAME_RATE,
     MAX_BATCH,
     MAX_FEED_FORWARD_MULTIPLE,
     MAX_FRAMES,
     MAX_PLANNED_FRAMES,
     MAX_SIZE,
-    ORIGINAL,
     QUANTIZE_KINDS,
     QUANTIZERS,
     TEXT_ENCODER,
@@ -182,12 +181,11 @@ def add_convert(command: ArgumentParser) -> None:
     add("--max-shard-size", default="5GB", help="default: %(default)s; bounds the memory too")
     multiple = partial(read_number, int, 1, MAX_FEED_FORWARD_MULTIPLE)
     add("--feed-forward-multiple", type=multiple, metavar="N", help="pad feed-forwards to it; default: 128 if small")
-    part = {"metavar": "DIR_OR_REPO", "help": "default: %(default)s"}
     included = {"metavar": "DIR_OR_REPO", "nargs": "?", "help": "include it, by default from %(const)s"}
     add("--with-text-encoder", const=TEXT_ENCODER, **included)
     add("--with-vaes", const=VIDEO_VAE, **included)
-    add("--turbo-vae", default=ORIGINAL, **part)
-    add("--audio-vae", default=AUDIO_VAE, **part)
+    for part, default in CONVERTED_VAES.items():
+        add(f"--{part.replace('_', '-')}", metavar="DIR_OR_REPO", help=f"with --with-vaes; default: {default}")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the directory when it is complete")
 
 
@@ -337,8 +335,11 @@ def check_arguments(arguments: Namespace) -> None:
             raise ValueError("--workers and --address need Ray, which comes with the extra `scale`.")
         if "gpus_per_worker" in given and not on_ray:
             raise ValueError("--gpus-per-worker must come with --workers or --address.")
-    if arguments.command == "convert" and not os.path.exists(source := arguments.source) and not is_repository(source):
-        raise OSError(f"SOURCE {show(source)} is neither a path that exists nor a repository 'owner/name'.")
+    if arguments.command == "convert":
+        if not os.path.exists(source := arguments.source) and not is_repository(source):
+            raise OSError(f"SOURCE {show(source)} is neither a path that exists nor a repository 'owner/name'.")
+        if (unused := sorted(CONVERTED_VAES.keys() & given.keys())) and arguments.with_vaes is None:
+            raise ValueError(f"--{unused[0].replace('_', '-')} must come with --with-vaes.")
     if arguments.command == "demo" and find_spec("gradio") is None:
         raise ValueError('The demo page needs Gradio; in the clone, `pip install ".[demo]"` installs it.')
     for name in {"model", "upscale"} & given.keys():

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..checks import check_dtype, check_integer, check_options, show
+from ..constants import CONVERTED_VAES
 from ..conversion import (
     UPSCALE_SIZES,
     Rule,
@@ -76,6 +77,8 @@ def convert_checkpoint(
     check_options("convert_checkpoint", hub_kwargs, HUB_OPTIONS)
     check_feed_forward_multiple(feed_forward_multiple)
     check_arguments(source, output, max_shard_size)
+    if turbo_vae is not None and video_vae is None:
+        raise ValueError(f"`turbo_vae`={show(turbo_vae)} needs `video_vae`, whose encoder it takes.")
     parts = {"text_encoder": text_encoder, "video_vae": video_vae, "turbo_vae": turbo_vae, "audio_vae": audio_vae}
     check_quantize(quantize, output, dtype=dtype, repo_id=repo_id, **parts)
     dtype = check_dtype("dtype", dtype)
@@ -228,7 +231,9 @@ def run_convert(arguments: Namespace) -> None:
     if arguments.push_to_hub is not None:
         make_model_card("base", arguments.push_to_hub)  # checks the name; the next call, who is logged in
         HfApi().whoami()
-    vaes = {"turbo_vae": arguments.turbo_vae, "audio_vae": arguments.audio_vae} if arguments.with_vaes else {}
+    vaes = {}
+    if arguments.with_vaes is not None:
+        vaes = {name: getattr(arguments, name) or default for name, default in CONVERTED_VAES.items()}
     names = ("source", "output", "variant", "subfolder", "dtype", "max_shard_size")
     options = {name: getattr(arguments, name) for name in names} | {"repo_id": arguments.push_to_hub}
     options |= {"text_encoder": arguments.with_text_encoder, "video_vae": arguments.with_vaes}
