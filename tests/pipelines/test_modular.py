@@ -497,6 +497,11 @@ def test_a_state_encoded_once_is_sampled_often(base, tiny_pipeline):
         assert same(sampler(state=state, **inputs, generator=seeded(seed), output="videos"), expected.frames)
 
 
+def test_audio_has_one_name_in_a_call(base):
+    with pytest.raises(ValueError, match="At most one of `audio`, `input_audio`"):
+        base(**SMALL, audio=AUDIO, input_audio=AUDIO)
+
+
 def test_what_comes_out_is_not_taken_for_what_goes_in(base):
     state = base(**SMALL, audio=AUDIO, generator=seeded())
     first, second = (base(state=state, latents=None) for _ in range(2))

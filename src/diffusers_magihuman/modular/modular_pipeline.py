@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_integer
 from ..guidance_magihuman import check_guider
 from ..lora import MagiHumanLoraLoaderMixin
-from ..pipeline_base import decode_latents, one_at_a_time, rates_of, stream_frames
+from ..pipeline_base import check_forms, decode_latents, one_at_a_time, rates_of, stream_frames
 from ..weights import check_is_saveable, portable_reference
 
 
@@ -143,6 +143,7 @@ class MagiHumanModularPipeline(ModularPipeline, MagiHumanLoraLoaderMixin):
         inputs, and [`ModularPipeline`]."""
         self._interrupt = False
         if audio is not None:
+            check_forms({"audio": audio, "input_audio": kwargs.get("input_audio")}, "audio", "input_audio")
             kwargs["audio" if "audio" in self._blocks.input_names else "input_audio"] = audio
         try:
             return super().__call__(state, output, **kwargs)
