@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .autoencoder_kl_magihuman_turbo import AutoencoderKLMagiHumanTurbo
 from .checks import check_choice, check_dtype, check_integer, check_mask, check_real, check_tensor, show
-from .constants import FRAME_RATE, MAX_BATCH, MAX_FRAMES, MAX_SIZE
+from .constants import FRAME_RATE, MAX_BATCH, MAX_FRAMES, MAX_SIZE, ORIGINAL
 from .conversion import find_variant
 from .denoising import (
     check_step_end,
@@ -261,7 +261,7 @@ def encode_texts(
         embeds = pad_sequence(states, batch_first=True)
         mask = pad_sequence([torch.ones(len(each)) for each in states], batch_first=True)
     mask = torch.ones(embeds.shape[:2]) if mask is None else mask
-    embeds, mask = embeds.to(device), mask.to(device, torch.bool)
+    embeds, mask = embeds.to(device, torch.float32), mask.to(device, torch.bool)
     return embeds.repeat_interleave(num_videos, dim=0), mask.repeat_interleave(num_videos, dim=0)
 
 
@@ -282,7 +282,7 @@ def encode_prompt(
     of the call, but `do_classifier_free_guidance`: whether negative embeddings are wanted.
 
     Returns float32 embeddings `(num_prompts * num_videos_per_prompt, length, channels)` and their mask, then both
-    for the negative prompts, `None` without guidance.
+    for the negative prompts, `None` without guidance unless embeddings are given.
     """
     inputs = dict(locals())
     check_numbers(inputs)
@@ -290,7 +290,7 @@ def encode_prompt(
     options = max_sequence_length, device or pipe._execution_device, num_videos_per_prompt
     texts, given = [prompt] if isinstance(prompt, str) else prompt, (prompt_embeds, prompt_embeds_mask)
     prompt_embeds, prompt_embeds_mask = encode_texts(pipe, texts, given, *options)
-    if do_classifier_free_guidance:
+    if do_classifier_free_guidance or negative_prompt_embeds is not None:
         texts = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         texts = [texts] * (len(prompt_embeds) // num_videos_per_prompt) if isinstance(texts, str) else texts
         given = negative_prompt_embeds, negative_prompt_embeds_mask
@@ -593,7 +593,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
     @classmethod
     def from_original(
         cls,
-        path_or_repo: str = "GAIR/daVinci-MagiHuman",
+        path_or_repo: str = ORIGINAL,
         variant: str | None = None,
         dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
         **kwargs: Any,
@@ -679,7 +679,7 @@ class MagiHumanPipeline(DiffusionPipeline, MagiHumanLoraLoaderMixin):
         self._num_timesteps = len(scheduler.timesteps)
         prompt_embeds, mask, negative_prompt_embeds, negative_mask = text
         prompt_embeds, mask = trim_embeds(prompt_embeds, mask)
-        if self.do_classifier_free_guidance:
+        if negative_prompt_embeds is not None:
             negative_prompt_embeds, negative_mask = trim_embeds(negative_prompt_embeds, negative_mask)
         (callback, step_inputs), names = on_step_end, self._callback_tensor_inputs
         with self.progress_bar(total=self.num_timesteps) as progress_bar:

@@ -675,9 +675,8 @@ class MagiHumanTransformer3DModel(
         self._set_chunk_size(None)
 
     def _set_chunk_size(self, chunk_size: int | None) -> None:
-        for block in self.transformer_blocks:
-            for ff in experts_of(block.ff):
-                ff.chunk_size = chunk_size
+        for ff in self.feed_forwards:
+            ff.chunk_size = chunk_size
 
     @apply_lora_scale("attention_kwargs")
     def forward(

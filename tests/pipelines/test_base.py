@@ -204,6 +204,20 @@ def test_padding_may_stand_on_either_side(prompts, tiny_distilled_pipeline):
     assert_same(output, run(tiny_distilled_pipeline, prompts), tolerance=1e-5)
 
 
+def test_negative_embeds_serve_a_callback_that_turns_guidance_on(tiny_pipeline):
+    def guide(pipe, *_):
+        pipe._guidance_scale = 2.0
+        return {}
+
+    embeds, mask = torch.ones(1, 5, 16, dtype=torch.bfloat16), torch.tensor([[0, 0, 1, 1, 1]])
+    given = {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask, "num_videos_per_prompt": 2}
+    states = tiny_pipeline.encode_prompt("One.", do_classifier_free_guidance=False, **given)
+    assert states[2].shape == (2, 5, 16) and states[2].dtype == torch.float32 and states[3].dtype == torch.bool
+    options = given | {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "num_inference_steps": 3}
+    guided = run(tiny_pipeline, "One.", callback_on_step_end=guide, **options)
+    assert not torch.equal(guided.frames, run(tiny_pipeline, "One.", **options).frames)
+
+
 # Frames and audio out
 
 
