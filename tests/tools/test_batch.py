@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -325,6 +327,15 @@ def test_bad_options(options, message, tiny_pipeline_dir, tmp_path, capsys):
     except SystemExit as error:
         status = error.code
     assert status == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="needs Ray")
+def test_ray_chooses_the_gpus_of_its_workers():
+    from diffusers_magihuman.tools.ray_pool import connect
+
+    arguments = Namespace(workers=8, gpus_per_worker=None, address=None, device="cuda:1")
+    with ExitStack() as stack, pytest.raises(ValueError, match="--device cuda:1 must be a kind, such as cuda"):
+        connect(stack, arguments)
 
 
 # Killed, on Ray and here

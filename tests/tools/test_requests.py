@@ -3,13 +3,21 @@
 import json
 import os
 from argparse import Namespace
+from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from helpers import PROMPT
 from PIL import Image
 
+from diffusers_magihuman import embedded_model
 from diffusers_magihuman.prompts import format_prompt
+from diffusers_magihuman.tools import requests
+from diffusers_magihuman.tools.generate import check_run
+from diffusers_magihuman.tools.plan import Setting
 from diffusers_magihuman.tools.requests import (
     Request,
     Store,
@@ -18,6 +26,7 @@ from diffusers_magihuman.tools.requests import (
     find_record,
     find_revision,
     open_models,
+    run_request,
 )
 
 ROW = {"id": "a", "prompt": PROMPT, "height": 32, "width": 64, "num_frames": 5}
@@ -212,3 +221,51 @@ def test_out_must_be_writable(out, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="`out`="):
         Store(out.format(tmp=tmp_path))
+
+
+class Pipe:
+    """A pipeline that records how it is called, and fails if it is told to."""
+
+    def __init__(self, error=None):
+        self.calls, self.num_freed, self.error = [], 0, error
+        self._execution_device, self.audio_sampling_rate, self.vae = "cpu", 44100, None
+
+    def __call__(self, **inputs):
+        self.calls.append(inputs)
+        if self.error is not None:
+            raise self.error
+        frames = np.zeros((1, 1, 2, 2, 3), np.float32) if inputs["output_type"] == "np" else torch.zeros(1, 4, 1, 1, 1)
+        return SimpleNamespace(frames=frames, audio=torch.zeros(1, 2, 100))
+
+    def maybe_free_model_hooks(self):
+        self.num_freed += 1
+
+
+def test_a_clip_that_fails_leaves_nothing_on_the_device(models, tmp_path):
+    request, pipes = check_request(ROW, models), [Pipe(), Pipe(RuntimeError("out of memory"))]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_request(pipes, request, Store(str(tmp_path)), {})
+    assert [pipe.num_freed for pipe in pipes] == [1, 1] and not [*tmp_path.rglob("*.mp4")]
+
+
+def test_both_pipelines_cut_a_prompt_at_the_same_length(models, tmp_path):
+    request, pipes = check_request(ROW | {"max_sequence_length": 7}, models), [Pipe(), Pipe()]
+    run_request(pipes, request, Store(str(tmp_path)), {})
+    assert [pipe.calls[0]["max_sequence_length"] for pipe in pipes] == [7, 7]
+    assert (tmp_path / "a.mp4").is_file() and [pipe.num_freed for pipe in pipes] == [0, 0]
+
+
+def test_what_both_pipelines_share_is_planned_once(tiny_pipeline_dir, monkeypatch):
+    planned = []
+
+    def choose(*given):
+        planned.append({part for part in given[2:] if isinstance(part, str)})
+        return Setting("none")
+
+    monkeypatch.setattr(requests, "choose_setting", choose)
+    arguments = Namespace(**ARGUMENTS | {"model": str(tiny_pipeline_dir), "upscale": embedded_model("upscale")})
+    vars(arguments).update(device="cpu", offload="none", seed=0, outputs=[], at_exit=ExitStack())
+    arguments.context = {"model_revision": None, "upscale_revision": None}
+    check_run(arguments)
+    first, second = requests.load_pipes(arguments, [(32, 64, 5)] * 2)
+    assert planned == [set(), {"text_encoder"}] and first.text_encoder is second.text_encoder

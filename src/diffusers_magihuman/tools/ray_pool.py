@@ -32,6 +32,8 @@ class RayWorker(Worker):
 def connect(stack: ExitStack, arguments: Namespace) -> tuple[int, Record]:
     """Connects to a cluster, or starts one on this machine, until the stack ends; returns the number of workers, by
     default what there are GPUs for, and what each needs."""
+    if ":" in arguments.device:
+        raise ValueError(f"--device {arguments.device} must be a kind, such as cuda: Ray gives each worker its GPUs.")
     num_workers, num_gpus, is_own = arguments.workers, arguments.gpus_per_worker, arguments.address is None
     num_gpus = float(arguments.device == "cuda") if num_gpus is None else num_gpus
     num_cpus = os.cpu_count() or 1

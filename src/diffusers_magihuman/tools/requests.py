@@ -300,7 +300,8 @@ def load_pipes(arguments: Namespace, sizes: list[tuple[int, int, int]], *without
     pipes: Pipes = []
     for name, (height, width, num_frames) in zip(("model", "upscale"), sizes, strict=False):
         model, revision = getattr(arguments, name), arguments.context[f"{name}_revision"]
-        setting = choose_setting(arguments, model, num_frames, height, width, *without)
+        loaded = {"text_encoder"} & parts.keys()  # VAEs count, as what they decode does
+        setting = choose_setting(arguments, model, num_frames, height, width, *loaded.union(without))
         pipe, _ = load_pipeline(model, arguments, setting, revision=revision, **parts)  # which folders do not look at
         pipe.set_progress_bar_config(disable=True)
         if is_turbo(pipe):
@@ -343,7 +344,8 @@ def make_clip(pipes: Pipes, request: Request, path: Path, texts: Texts | None, r
         kind = "latent" if pipe is not pipes[-1] else "stream" if is_turbo(pipe) else "np"
         common = {"generator": generator, "output_type": kind, "callback_on_step_end": partial(on_step_end, stage)}
         output = pipe(**inputs, **common)
-        inputs = {name: inputs[name] for name in ("prompt", "prompt_embeds", *FILES) if name in inputs}
+        kept = inputs.keys() & {"prompt", "prompt_embeds", "max_sequence_length", *FILES}
+        inputs = {name: inputs[name] for name in kept}
         inputs |= {"latents": output.frames} | ({} if "audio" in files else {"audio_latents": output.audio})
     audio = None if output.audio is None else output.audio[0]
     export_to_mp4(follow(output.frames[0]), path, audio, sampling_rate=pipe.audio_sampling_rate)
@@ -361,7 +363,12 @@ def run_request(
     """Makes the clip of a request and then its record, which it returns; see [`make_clip`]."""
     begun, digests = time.monotonic(), {name: digest for name, (_, digest) in request.files.items()}
     with store.writing(f"{request.id}.mp4") as clip:
-        facts = make_clip(pipes, request, clip, texts, callback)
+        try:
+            facts = make_clip(pipes, request, clip, texts, callback)
+        except Exception:  # else what is offloaded would stay beside what comes next
+            for pipe in pipes:
+                pipe.maybe_free_model_hooks()
+            raise
         record = {"id": request.id, "hash": request.hash, "seed": request.seed, **context, "versions": VERSIONS}
         record |= {"request": request.call | digests, **facts, "seconds": round(time.monotonic() - begun, 3)}
         record |= {"bytes": clip.stat().st_size, "sha256": digest_file(clip)}

@@ -68,12 +68,7 @@ def load_maker(arguments: Namespace, store: Store) -> Callable[[Row], Record]:
         state, record = requests.find_record(store, request)  # as another worker may have died after it
         if state == "done":
             return record
-        try:
-            return requests.run_request(pipes, request, store, arguments.context, callback=report)
-        except Exception:
-            for pipe in pipes:
-                pipe.maybe_free_model_hooks()
-            raise
+        return requests.run_request(pipes, request, store, arguments.context, callback=report)
 
     return make
 
@@ -271,7 +266,7 @@ class Service:
         values["workers"] = self.num_workers
         return "".join(f"magihuman_{name} {value}\n" for name, value in values.items())
 
-    def guard(self, call: Call) -> None:
+    async def guard(self, call: Call) -> None:
         token, given = self.arguments.token, call.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise HTTPException(401, "The token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
