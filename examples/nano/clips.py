@@ -8,13 +8,13 @@
 """
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import soundfile
-from people import Drawing, Look, draw_look, draw_person, make_motion
+from people import Drawing, draw_look, draw_person, make_motion
 from prompts import Scene, make_prompt
 from words import FRAME_RATE, SAMPLING_RATE, VOICE, Speech, draw_words, say
 
@@ -65,9 +65,9 @@ def make_clip(
     scene = make_scene(rng, num_frames / FRAME_RATE, held_out)
     prompt = make_prompt(rng, scene, held_out)
     speech = say(rng, scene.words, scene.voice, num_frames)
-    look = Look(**{field.name: getattr(scene, field.name) for field in fields(Look)})
     motion = make_motion(rng, num_frames, speech.stress)
-    return Clip(scene, prompt, draw_person(rng, look, motion, speech.mouth[:num_drawn], width, height), speech)
+    drawing = draw_person(rng, scene.look, motion, speech.mouth[:num_drawn], width, height)
+    return Clip(scene, prompt, drawing, speech)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from clips import make_scene
 from diffusers import DiffusionPipeline
 from make_dataset import Dataset
-from people import Drawing, Look, draw_person, make_motion
+from people import Drawing, draw_person, make_motion
 from prompts import Scene, make_prompt
 from recipe import save_sheet, to_frames
 from recognise import (
@@ -122,9 +122,8 @@ class Wish(NamedTuple):
 
     def drawing(self, speech: Speech) -> Drawing:
         rng = np.random.default_rng([self.seed, 3])
-        look = Look(**{field.name: getattr(self.scene, field.name) for field in fields(Look)})
         motion = make_motion(rng, self.num_frames, speech.stress)
-        return draw_person(rng, look, motion, speech.mouth, *self.size)
+        return draw_person(rng, self.scene.look, motion, speech.mouth, *self.size)
 
 
 def make_wishes(count: int, num_frames: int = NUM_FRAMES, speaks: bool = False) -> list[Wish]:
@@ -306,9 +305,9 @@ class Evaluation:
         """What is left of drawn clips, and what readers see of that: no model can do better."""
         speeches = [wish.speech() for wish in self.few]
         drawings = [wish.drawing(speech) for wish, speech in zip(self.few, speeches, strict=True)]
-        boxes = [np.concatenate([drawing.eyes, drawing.mouth[:, None]], axis=1) for drawing in drawings]
         voices = [speech.voice for speech in speeches]
-        dataset, values = Dataset([drawing.frames for drawing in drawings], boxes, voices), {}
+        dataset = Dataset([drawing.frames for drawing in drawings], [drawing.boxes for drawing in drawings])
+        values = {}
         for name, pipe in (("wan", "base"), ("turbo", "distilled")):
             vae, decoded, seconds = self.pipes[pipe].vae, [], []
 

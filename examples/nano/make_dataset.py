@@ -4,9 +4,9 @@
     python examples/nano/make_dataset.py data/128 --clips 3000
     python examples/nano/make_dataset.py data/96x160 --clips 800 --size 96 160
 
-Writes `frames.npy` (uint8, clips x frames x height x width x 3), `boxes.npy` (float32, clips x frames x 3 x 4: both
-eyes and the mouth, left, top, right, bottom) and `voices.npy` (int16, clips x samples at 12,800 Hz). Clip number i is
-`clips.make_clip(i)`, or the held-out one of that number.
+Writes `frames.npy` (uint8, clips x frames x height x width x 3) and `boxes.npy` (float32, clips x frames x 3 x 4: both
+eyes and the mouth, left, top, right, bottom). Clip number i is `clips.make_clip(i)`, or the held-out one of that
+number.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from clips import make_clip
-from words import FRAME_RATE, SAMPLING_RATE
 
 
 class Dataset(NamedTuple):
@@ -25,7 +24,6 @@ class Dataset(NamedTuple):
 
     frames: np.ndarray
     boxes: np.ndarray
-    voices: np.ndarray
 
 
 def load_dataset(folder: Path) -> Dataset:
@@ -40,10 +38,8 @@ def load_dataset(folder: Path) -> Dataset:
 
 def write_clip(folder: Path, number: int, size: tuple[int, int], num_frames: int, held_out: bool) -> None:
     """Draws one clip into its place in the arrays."""
-    clip = make_clip(number, *size, num_frames, held_out)
-    boxes = np.concatenate([clip.drawing.eyes, clip.drawing.mouth[:, None]], axis=1)
-    voice = np.round(clip.speech.voice * 32767)
-    for name, values in zip(Dataset._fields, (clip.drawing.frames, boxes, voice), strict=True):
+    drawing = make_clip(number, *size, num_frames, held_out).drawing
+    for name, values in zip(Dataset._fields, (drawing.frames, drawing.boxes), strict=True):
         np.load(folder / f"{name}.npy", mmap_mode="r+")[number] = values
 
 
@@ -64,7 +60,6 @@ def main() -> None:
     shapes = (
         (np.uint8, (clips, num_frames, height, width, 3)),
         (np.float32, (clips, num_frames, 3, 4)),
-        (np.int16, (clips, num_frames * SAMPLING_RATE // FRAME_RATE)),
     )
     for name, (dtype, shape) in zip(Dataset._fields, shapes, strict=True):
         np.lib.format.open_memmap(new / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)

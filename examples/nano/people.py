@@ -90,6 +90,11 @@ class Drawing:
     eyes: np.ndarray  # (num_frames, 2, 4), from left to right, as large as if they were open
     mouth: np.ndarray  # (num_frames, 4), the lips
 
+    @property
+    def boxes(self) -> np.ndarray:
+        """Both eyes and the mouth, `(num_frames, 3, 4)`."""
+        return np.concatenate([self.eyes, self.mouth[:, None]], axis=1)
+
 
 def draw_look(rng: np.random.Generator) -> Look:
     """Draws a look."""

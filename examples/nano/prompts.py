@@ -19,7 +19,7 @@ from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from people import draw_look
+from people import Look, draw_look
 from words import LANGUAGES, VOCABULARY, VOICE, Word, draw_words
 
 from diffusers_magihuman import format_prompt
@@ -195,9 +195,13 @@ class Scene:
     words: tuple[Word, ...]
 
     @property
+    def look(self) -> Look:
+        return Look(*astuple(self)[:7])
+
+    @property
     def is_held_out(self) -> bool:
         """Whether this combination of looks is kept for evaluation, whatever is heard."""
-        return hashlib.sha256(repr(astuple(self)[:7]).encode()).digest()[0] % 5 == 0
+        return hashlib.sha256(repr(astuple(self.look)).encode()).digest()[0] % 5 == 0
 
 
 def leave_out(rng: np.random.Generator, scene: Scene) -> Scene:

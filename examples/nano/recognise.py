@@ -338,7 +338,7 @@ def train_look_reader(people: int = 1400, steps: int = 1600, batch_size: int = 4
     labels = torch.tensor(columns).repeat_interleave(4, dim=1)
     labels[list(LOOKS).index("hair_colour"), labels[2] == HAIR_STYLE.index("bald")] = -100  # which no loss counts
     lids, openings = (torch.from_numpy(np.concatenate(each)) for each in list(zip(*moments, strict=True))[1:3])
-    boxes = [np.concatenate([drawing.eyes, drawing.mouth[:, None]], axis=1) for *_, drawing in moments]
+    boxes = [drawing.boxes for *_, drawing in moments]
     boxes = torch.from_numpy(np.concatenate(boxes)).float().flatten(1) / SIZE
 
     def loss(reader: LookReader, batch: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,10 @@ def draw_crops(
     """
     crops, weights = [], np.ones((count, 1, frames, size, size), dtype=np.float32)
     for weight in weights[:, 0]:
-        clips, boxes, _ = datasets[rng.integers(1, max(len(datasets), 2)) % len(datasets) if rng.random() < 0.5 else 0]
+        clips, boxes = datasets[rng.integers(1, max(len(datasets), 2)) % len(datasets) if rng.random() < 0.5 else 0]
+        if clips.shape[1] < frames or min(clips.shape[2:4]) < size:
+            asked = f"at least {frames} frames of {size}x{size} pixels"
+            raise ValueError(f"A dataset has clips of shape {clips.shape[1:4]}, but crops need {asked}.")
         clip, start = rng.integers(len(clips)), rng.integers(clips.shape[1] - frames + 1)
         room = np.array(clips.shape[3:1:-1]) - size
         corner = rng.integers(room + 1)
@@ -83,15 +86,15 @@ def draw_crops(
 
 def measure_psnr(dataset: Dataset, code: Callable[[torch.Tensor], torch.Tensor], clips: int = 12) -> dict[str, float]:
     """Mean PSNR over clips of whole frames, eyes and mouths that went through `code`, in dB."""
-    sums = np.zeros(3)
-    for frames, boxes, _ in list(zip(*dataset, strict=True))[:clips]:
+    chosen, sums = list(zip(*dataset, strict=True))[:clips], np.zeros(3)
+    for frames, boxes in chosen:
         errors = (to_tensor(frames[None]) - code(to_tensor(frames[None])).clamp(-1, 1)).square().mean(dim=1)[0] / 4
         regions = [[], []]
         for error, places in zip(errors, np.round(boxes).clip(0).astype(int), strict=True):
             for number, (left, top, right, bottom) in enumerate(places):
                 regions[number // 2].append(error[top:bottom, left:right].flatten())
         sums += [-10 * torch.log10(torch.cat(region).mean()) for region in ([errors.flatten()], *regions)]
-    return {f"psnr_{part}": value for part, value in zip(PARTS, (sums / clips).tolist(), strict=True)}
+    return {f"psnr_{part}": value for part, value in zip(PARTS, (sums / len(chosen)).tolist(), strict=True)}
 
 
 def main() -> None:

@@ -49,6 +49,20 @@ def test_colours_are_those_of_the_tables(field, table, x, y):
         assert min(table, key=lambda key: np.abs(pixel - table[key]).sum()) == name
 
 
+@pytest.mark.parametrize(
+    "name, moved", [("turn", 0.2), ("tilt", 0.1), ("brows", 1.0), ("gaze", (1, 0)), ("gaze", (0, 1))]
+)
+def test_each_motion_is_seen(name, moved):
+    frames = [draw(**motion).frames.astype(int) for motion in ({}, {name: [moved]})]
+    assert (np.abs(frames[1] - frames[0]).sum(axis=-1) > 60).sum() > 5
+
+
+def test_a_shift_moves_eyes_and_mouth():
+    places = [draw(shift=[shift]).boxes.reshape(-1, 2) for shift in ((0, 0), (0.03, 0), (0, 0.03))]
+    (right, none), (still, down) = ((place - places[0]).mean(axis=0) for place in places[1:])
+    assert 3 < right < 5 and 3 < down < 9 and max(abs(none), abs(still)) < 0.5  # a nod moves a face more than its head
+
+
 def test_every_fact_of_a_look_changes_many_pixels():
     looks = [replace(LOOK, hair_style=style) for style in HAIR_STYLE] + [replace(LOOK, skin=skin) for skin in SKIN]
     looks += [replace(LOOK, beard=True), *(replace(LOOK, skin=skin, glasses=True) for skin in SKIN)]

@@ -127,7 +127,7 @@ def test_psnr_of_an_eye_is_of_what_is_in_its_box():
 
     boxes = np.tile([[10, 20, 30, 40], [40, 20, 60, 40], [20, 60, 60, 80]], (1, 2, 1, 1))
     frames = np.full((1, 2, 100, 100, 3), 100, np.uint8)
-    found = measure_psnr(Dataset(frames, boxes, np.zeros((1, 1))), spoil, 1)
+    found = measure_psnr(Dataset(frames, boxes), spoil)
     errors = {"mouth": 0.02**2, "eyes": (0.02**2 + 0.2**2) / 2, "whole": 0.96 * 0.02**2 + 0.04 * 0.2**2}
     assert found == pytest.approx(
         {f"psnr_{name}": 10 * np.log10(4 / error) for name, error in errors.items()}, rel=1e-4
