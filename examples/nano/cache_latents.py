@@ -29,7 +29,7 @@ from clips import make_clip
 from prompts import Scene
 from recipe import to_tensor
 from train_text_encoder import TEXT_TOKENS
-from train_turbo_vae import encode
+from train_turbo_vae import SPATIAL, encode
 from words import VOCABULARY
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
@@ -92,6 +92,8 @@ def main() -> None:
         count = getattr(arguments, name)
         if count is not None and not (count >= 1 and count % 4 == 1):
             parser.error(f"--{name} is {count}, it must be 1, 5, 9 and so on")
+    if any(size < SPATIAL or size % SPATIAL for size in arguments.size):
+        parser.error(f"--size is {' '.join(map(str, arguments.size))}, both must be multiples of {SPATIAL}")
 
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     turbo_vae = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.turbo_vae / "vae").to(accelerator.device)

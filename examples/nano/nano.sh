@@ -3,7 +3,7 @@
 #
 #     bash examples/nano/nano.sh 360
 set -euo pipefail
-minutes=$1
+minutes=${1:?must be the minutes to train for, such as 360}
 recipes=$(cd "$(dirname "$0")" && pwd)
 mkdir -p nano/data nano/cache && cd nano
 export OMP_NUM_THREADS=1 # two lanes, a core each

@@ -24,6 +24,7 @@ from words import FRAME_RATE, LATENTS, SAMPLING_RATE, VOICE, Speech, draw_words,
 
 HOP = SAMPLING_RATE // FRAME_RATE
 LATENT_CHANNELS = LATENTS.shape[1]
+NUM_FRAMES = 49
 
 
 def make_audio_vae() -> AutoencoderOobleck:
@@ -42,7 +43,7 @@ def make_audio_vae() -> AutoencoderOobleck:
     return vae
 
 
-def make_speech(seed: int, num_frames: int = 49, noise_repeats: bool = False) -> Speech:
+def make_speech(seed: int, num_frames: int = NUM_FRAMES, noise_repeats: bool = False) -> Speech:
     """A line in a voice, always the same for a seed."""
     rng = np.random.default_rng(seed)
     words = draw_words(rng, num_frames / FRAME_RATE)
@@ -102,6 +103,8 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=3000, help="voices of two seconds, default: %(default)s")
     parser.add_argument("--length", type=int, default=24, help="latents of a training clip, default: %(default)s")
     arguments = parser.parse_args()
+    if not 1 <= arguments.length <= NUM_FRAMES:
+        parser.error(f"--length is {arguments.length}, it must be 1 to {NUM_FRAMES}, the frames of a voice")
 
     # 1. What latents say
     torch.manual_seed(arguments.seed)

@@ -26,13 +26,12 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import AutoTokenizer, GemmaTokenizer, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
-from words import VOCABULARY, VOICE
+from words import MAX_WORDS, VOCABULARY, VOICE
 
 from diffusers_magihuman.pipeline_base import DEFAULT_NEGATIVE_PROMPT
 
 HIDDEN_SIZE = 128
 TEXT_TOKENS = 128  # prompts are padded to multiples of it, most to itself
-MAX_WORDS = 8
 ATTRIBUTES = {**LOOKS, "voice": VOICE}
 
 

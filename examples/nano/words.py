@@ -24,6 +24,7 @@ import scipy.signal
 import soundfile
 
 FRAME_RATE = 25
+MAX_WORDS = 8  # of a clip
 SAMPLING_RATE = 12800  # 512 samples a frame, four times as fast to learn as the published model's 2,048
 CONTROL_RATE = 200  # moments a second at which what is said is set
 
@@ -265,12 +266,12 @@ def duration(words: Sequence[Word], rate: float = 1.0, pause: float = sum(PAUSE)
 
 
 def draw_words(rng: np.random.Generator, seconds: float) -> tuple[Word, ...]:
-    """Draws up to eight words of a language that a clip has time for, one time in five with syllables among them."""
+    """Draws up to `MAX_WORDS` of a language that a clip has time for, one time in five with syllables among them."""
     languages = {LANGUAGES[rng.integers(len(LANGUAGES))]} | ({"syllables"} if rng.random() < 0.2 else set())
     pool = [word for word in VOCABULARY if word.language in languages]
     rate = rng.uniform(SLOWEST, FASTEST)
     words: tuple[Word, ...] = ()
-    for _ in range(rng.integers(1, 9)):
+    for _ in range(rng.integers(1, MAX_WORDS + 1)):
         fitting = [word for word in pool if duration((*words, word), rate, PAUSE[0]) <= seconds]
         if not fitting:
             break
