@@ -29,7 +29,14 @@ USUAL_TOKENS = 13 * 8 * 8 + 49 + TEXT_TOKENS  # of a clip of 128 x 128 pixels an
 
 
 def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
+    """
+    A tiny model whose tokens are single positions.
+
+    A velocity has all the noise of its token in it, and that of 2 x 2 positions, 192 values, does not pass through the
+    144 channels of such a model: walls have blotches, and mouths stay as they are.
+    """
     return MagiHumanTransformer3DModel(
+        patch_size=(1, 1, 1),
         in_channels=cache.latents.shape[1],
         audio_in_channels=cache.audio_latents.shape[2],
         text_in_channels=HIDDEN_SIZE,

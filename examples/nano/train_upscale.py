@@ -30,6 +30,7 @@ from diffusers_magihuman.training import sample_noise_levels, upscale_loss
 
 def make_transformer(channels: int, audio_channels: int) -> MagiHumanTransformer3DModel:
     return MagiHumanTransformer3DModel(
+        patch_size=(1, 1, 1),  # noise of larger tokens does not pass through so few channels
         in_channels=channels,
         audio_in_channels=audio_channels,
         text_in_channels=HIDDEN_SIZE,
