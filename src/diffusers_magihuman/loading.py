@@ -111,8 +111,10 @@ def fetch(source: Source, patterns: list[str], subfolder: str | None = None, **h
 def open_transformer(source: Source, subfolder: str | None, variant: str, **hub_kwargs: Any) -> LazyTensors:
     """Opens a transformer; `subfolder` is a directory or file of the source, or follows from the variant."""
     names = ["sr_transformer", "transformer"] if variant.startswith("sr") else ["transformer"]
-    hub_kwargs["ignore_patterns"] = "*/transformer/*" if variant.startswith("sr") else "*/sr_transformer/*"
     folders = [subfolder] if subfolder else VARIANT_FOLDERS[variant]
+    other = "transformer" if variant.startswith("sr") else "sr_transformer"  # beside it, and as large
+    if Path(folders[0]).name != other:
+        hub_kwargs["ignore_patterns"] = f"*/{other}/*"
     patterns = [f"{folder}/{kind}" for folder in folders for kind in ("*.safetensors", "*.json")]
     root = fetch(source, [*patterns, *folders], subfolder, **hub_kwargs)
     found = next((root / folder for folder in folders if (root / folder).exists()), None)
