@@ -32,7 +32,7 @@ PAGE |= {"image": None, "audio": None, "size": "32 x 64", "seconds": "0.32", "st
 
 def make_arguments(**changes):
     names = ("model", "seed", "upscale", "device", "dtype", "quantize", "attention")
-    arguments = {"offload": "none", "compile": False, "outputs": [], "device": "cpu", "at_exit": ExitStack()}
+    arguments = {"offload": "none", "compile": False, "device": "cpu", "at_exit": ExitStack()}
     return Namespace(**dict.fromkeys(names) | arguments | {"upscale": embedded_model("upscale")} | changes)
 
 

@@ -264,7 +264,7 @@ def test_what_both_pipelines_share_is_planned_once(tiny_pipeline_dir, monkeypatc
 
     monkeypatch.setattr(requests, "choose_setting", choose)
     arguments = Namespace(**ARGUMENTS | {"model": str(tiny_pipeline_dir), "upscale": embedded_model("upscale")})
-    vars(arguments).update(device="cpu", offload="none", seed=0, outputs=[], at_exit=ExitStack())
+    vars(arguments).update(device="cpu", offload="none", at_exit=ExitStack())
     arguments.context = {"model_revision": None, "upscale_revision": None}
     check_run(arguments)
     first, second = requests.load_pipes(arguments, [(32, 64, 5)] * 2)

@@ -223,7 +223,6 @@ def add_batch(command: ArgumentParser) -> None:
     add("--retries", type=partial(read_number, int, 0, 100), default=1, metavar="N", help="default: %(default)s")
     add("--overwrite", action="store_true", help="make clips anew whose rows have changed")
     add("--skip-bad", action="store_true", help="run the good rows of a file that has bad ones")
-    command.set_defaults(seed=0, outputs=())
     add_device(command)
 
 
@@ -243,7 +242,7 @@ def add_serve(command: ArgumentParser) -> None:
     add("--keep-gb", type=partial(read_number, float, 0, 1e9), default=1e9, metavar="GB", help="default: all clips")
     add_workers(command, "default: what there are GPUs for")
     add_device(command)
-    command.set_defaults(seed=0, outputs=(), retries=0, address=None)
+    command.set_defaults(retries=0, address=None)
 
 
 def add_demo(command: ArgumentParser) -> None:

@@ -261,7 +261,7 @@ class Studio:
             setting = self.choose(model, size)
         if model not in self.loaded or self.loaded[model][0] != setting:
             self.drop(model)
-            pipe, _ = load_pipeline(model, self.arguments, setting)
+            pipe = load_pipeline(model, self.arguments, setting)
             self.arguments.progress.begin(None)
             pipe.set_progress_bar_config(disable=True)
             if is_turbo(pipe):
@@ -523,7 +523,6 @@ def connect(studio: Studio, asked: list[Any], shown: list[Any], quick: dict[str,
 def run_demo(arguments: Namespace) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "files")  # uploads and clips
-        arguments.outputs, arguments.seed = [], None
         page = build_page(studio := Studio(arguments))
         _, address, public = page.launch(
             share=arguments.share,

@@ -106,7 +106,8 @@ def run_generate(arguments: Namespace) -> None:
         wanted = arguments.upscale_height, arguments.upscale_width
         settings += [choose_setting(arguments, arguments.upscale, num_frames, *upscaled_size(upscale, size, *wanted))]
 
-    pipe, generators = load_pipeline(arguments.model, arguments, settings[0])
+    pipe = load_pipeline(arguments.model, arguments, settings[0])
+    generators = make_generators(pipe, arguments)
     inputs = {"image": image, "audio": audio, "num_inference_steps": arguments.steps} | guidance_options(arguments)
     inputs |= {"height": arguments.height, "width": arguments.width, "num_frames": arguments.num_frames}
     calls = [inputs | {"generator": generator} for generator in generators]
@@ -117,7 +118,7 @@ def run_generate(arguments: Namespace) -> None:
         shared = {name: part for name, part in pipe.components.items() if name not in changed}
         del pipe  # makes room for the other transformer
         gc.collect()  # hooks refer to their models in circles
-        pipe, _ = load_pipeline(arguments.upscale, arguments, settings[1], **shared)
+        pipe = load_pipeline(arguments.upscale, arguments, settings[1], **shared)
         inputs = {"image": image, "audio": audio, "height": wanted[0], "width": wanted[1]}
         calls = [
             inputs | {"generator": generator, "latents": low.frames} | ({} if audio else {"audio_latents": low.audio})
@@ -144,7 +145,8 @@ def run_upscale(arguments: Namespace) -> None:
     audio = None if source is None else read_audio(source)
     size = upscaled_size(index, video[0].shape[2:], arguments.height, arguments.width)
     setting = choose_setting(arguments, arguments.model, len(video[0]), *size)
-    pipe, (generator,) = load_pipeline(arguments.model, arguments, setting)
+    pipe = load_pipeline(arguments.model, arguments, setting)
+    (generator,) = make_generators(pipe, arguments)
     inputs = {"video": video, "image": image, "audio": audio, "num_inference_steps": arguments.steps}
     inputs |= {"height": arguments.height, "width": arguments.width, "generator": generator}
     write_videos(pipe, arguments, [inputs | guidance_options(arguments)], len(video[0]))
@@ -157,7 +159,7 @@ def guidance_options(arguments: Namespace) -> dict[str, Any]:
 
 
 def check_run(arguments: Namespace) -> None:
-    """Checks how videos are computed, and draws a seed where none is given, so that it can be told."""
+    """Checks how videos are computed."""
     arguments.device = find_device(arguments.device)
     is_cpu = arguments.device.type == "cpu"
     arguments.dtype = arguments.dtype or ("float32" if is_cpu else "bfloat16")
@@ -168,8 +170,6 @@ def check_run(arguments: Namespace) -> None:
     arguments.speed = check_speed(arguments.quantize, arguments.compile, arguments.attention)
     arguments.progress, arguments.begun = Progress(), time.monotonic()
     arguments.at_exit.callback(arguments.progress.begin, None)
-    first = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    arguments.seeds = [first, *((first + index) % 2**64 for index in range(1, len(arguments.outputs)))]
 
 
 def upscaled_size(index: dict[str, Any], source: Sequence[int], *wanted: int | None) -> tuple[int, int]:
@@ -247,9 +247,7 @@ def check_upscale(arguments: Namespace, base: dict[str, Any]) -> dict[str, Any] 
     return index
 
 
-def load_pipeline(
-    model: str, arguments: Namespace, setting: Setting, **parts: Any
-) -> tuple[DiffusionPipeline, list[torch.Generator]]:
+def load_pipeline(model: str, arguments: Namespace, setting: Setting, **parts: Any) -> DiffusionPipeline:
     arguments.progress.begin("loading")
     # Rounding the audio autoencoder would be heard, and it is small.
     dtype = {"default": getattr(torch, arguments.dtype), "audio_vae": torch.float32}
@@ -271,8 +269,15 @@ def load_pipeline(
         raise OSError(f"{model!r} could not be loaded, its {fault}: {describe(error)}") from error
     for call in make_calls(setting, arguments.speed, dtype["default"], str(arguments.device), pipe.vae is not None):
         call.run(pipe)
+    return pipe
+
+
+def make_generators(pipe: DiffusionPipeline, arguments: Namespace) -> list[torch.Generator]:
+    """One of each video, of seeds that follow each other; the first is drawn where none is given, and told."""
+    first = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    arguments.seeds = [first, *((first + index) % 2**64 for index in range(1, len(arguments.outputs)))]
     device = pipe._execution_device  # the pipelines' own way to ask, where weights are offloaded too
-    return pipe, [torch.Generator(device).manual_seed(seed) for seed in arguments.seeds]
+    return [torch.Generator(device).manual_seed(seed) for seed in arguments.seeds]
 
 
 def is_turbo(pipe: DiffusionPipeline) -> bool:

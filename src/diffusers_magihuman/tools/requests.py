@@ -302,7 +302,7 @@ def load_pipes(arguments: Namespace, sizes: list[tuple[int, int, int]], *without
         model, revision = getattr(arguments, name), arguments.context[f"{name}_revision"]
         loaded = {"text_encoder"} & parts.keys()  # VAEs count, as what they decode does
         setting = choose_setting(arguments, model, num_frames, height, width, *loaded.union(without))
-        pipe, _ = load_pipeline(model, arguments, setting, revision=revision, **parts)  # which folders do not look at
+        pipe = load_pipeline(model, arguments, setting, revision=revision, **parts)  # which folders do not look at
         pipe.set_progress_bar_config(disable=True)
         if is_turbo(pipe):
             pipe.vae.enable_tiling()
@@ -399,7 +399,7 @@ class Worker:
     to what the `error` was."""
 
     def __init__(self, load: Load, options: Record) -> None:
-        self.arguments = Namespace(**options, seed=0, outputs=(), at_exit=ExitStack())
+        self.arguments = Namespace(**options, at_exit=ExitStack())
         check_run(self.arguments)
         self.run = load(self.arguments, Store(self.arguments.out))
 
