@@ -11,7 +11,8 @@ With `--drawn 1` a clip takes a fiftieth of the time and, in training, of the to
 its whole sound say what a prompt means, and only how a face moves has to be learned from whole clips.
 
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
-(clips x length x channels) and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip number i is
+(clips x length x channels), `mouths.npy` (clips x latent frames x latent height x latent width), which says how much
+of each position is mouth, and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip number i is
 `clips.make_clip(i)`. A folder appears when it is complete; frames and voices are on no disk.
 """
 
@@ -29,10 +30,12 @@ from clips import make_clip
 from prompts import Scene
 from recipe import to_tensor
 from train_text_encoder import TEXT_TOKENS
-from train_turbo_vae import SPATIAL, encode
+from train_turbo_vae import SPATIAL, TEMPORAL, encode
 from words import VOCABULARY
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
+
+ARRAYS = ("latents", "audio_latents", "mouths")
 
 
 class Cache(NamedTuple):
@@ -40,6 +43,7 @@ class Cache(NamedTuple):
 
     latents: np.ndarray
     audio_latents: np.ndarray
+    mouths: np.ndarray
     scenes: list[Scene]
 
     @property
@@ -55,10 +59,10 @@ def load_cache(folder: Path) -> Cache:
     Raises:
         `OSError`: The folder is no finished cache.
     """
-    latents, audio_latents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "audio_latents"))
+    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
     lines = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
     scenes = [Scene(**line | {"words": tuple(VOCABULARY[number] for number in line["words"])}) for line in lines]
-    return Cache(latents, audio_latents, scenes)
+    return Cache(*arrays, scenes)
 
 
 def choose_cache(caches: list[Cache], rng: np.random.Generator) -> int:
@@ -67,12 +71,23 @@ def choose_cache(caches: list[Cache], rng: np.random.Generator) -> int:
     return int(rng.choice(len(caches), p=counts / counts.sum()))
 
 
-def read_clips(cache: Cache, clips: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of video and sound of these clips, float32."""
+def read_clips(cache: Cache, clips: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Latents of video and sound of these clips, and how much of each position is mouth, float32."""
     return tuple(
         torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
-        for values in (cache.latents, cache.audio_latents)
+        for values in cache[: len(ARRAYS)]
     )
+
+
+def find_mouths(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """How much of each latent position the mouth's box covers, from none to all, `(latent frames, height, width)`."""
+    covered = []
+    for low, high, length in ((1, 3, height), (0, 2, width)):
+        starts = np.arange(0, length, SPATIAL)
+        ends = np.minimum(boxes[:, None, high], starts + SPATIAL)
+        covered.append((ends - np.maximum(boxes[:, None, low], starts)).clip(0) / SPATIAL)
+    shares = covered[0][:, :, None] * covered[1][:, None]
+    return np.stack([part.mean(axis=0) for part in np.split(shares, range(1, len(shares), TEMPORAL))])
 
 
 @torch.no_grad()
@@ -111,7 +126,8 @@ def main() -> None:
         with accelerator.autocast():
             latents = encode(turbo_vae, video)
         audio_latents = np.stack([clip.speech.latents for clip in clips])
-        for name, values in (("latents", latents.float().cpu().numpy()), ("audio_latents", audio_latents)):
+        mouths = np.stack([find_mouths(clip.drawing.mouth, *arguments.size) for clip in clips])
+        for name, values in zip(ARRAYS, (latents.float().cpu().numpy(), audio_latents, mouths), strict=True):
             if name not in arrays:
                 shape = (arguments.clips, *values.shape[1:])
                 arrays[name] = np.lib.format.open_memmap(new / f"{name}.npy", "w+", np.float16, shape)

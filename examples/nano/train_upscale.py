@@ -78,8 +78,8 @@ def main() -> None:
     @torch.no_grad()
     def draw_samples() -> dict[str, float]:
         """Draws a clip as small latents that are resized, upscaled and true ones decode; the sharpness of these."""
-        latents, audio_latents = read_clips(lows[0], np.arange(1), run.device)
-        true, _ = read_clips(highs[0], np.arange(1), run.device)
+        latents, audio_latents, _ = read_clips(lows[0], np.arange(1), run.device)
+        true, *_ = read_clips(highs[0], np.arange(1), run.device)
         embeds, mask = texts.embed([make_prompt(np.random.default_rng(0), highs[0].scenes[0])])
         upscaled = pipe(
             latents=latents,
@@ -102,10 +102,10 @@ def main() -> None:
         number = choose_cache(highs, rng)
         low, high = lows[number], highs[number]
         clips = rng.integers(len(high.scenes), size=arguments.batch_size)
-        latents, _ = read_clips(high, clips, run.device)
+        latents, *_ = read_clips(high, clips, run.device)
         size = [SPATIAL * length for length in latents.shape[3:]]
         low_latents, audio_latents = pipe.prepare_latents(
-            *read_clips(low, clips, run.device), *size, arguments.noise_level, 0.7, None, run.device
+            *read_clips(low, clips, run.device)[:2], *size, arguments.noise_level, 0.7, None, run.device
         )
         embeds, mask = texts.embed([make_prompt(rng, high.scenes[clip]) for clip in clips])
         if rng.random() < arguments.text_dropout:

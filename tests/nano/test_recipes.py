@@ -225,11 +225,22 @@ def test_sizes_and_lengths_that_do_not_fit(tmp_path, monkeypatch, capsys):
     assert "--length is 60, it must be 1 to 49" in capsys.readouterr().err
 
 
+def test_mouths_are_found_where_they_are_drawn():
+    boxes = np.array([[20.0, 40, 36, 48]] + 4 * [[16.0, 40, 32, 56]])  # left, top, right, bottom
+    mouths = cache_latents.find_mouths(boxes, 64, 80)
+    assert mouths.shape == (2, 5, 4)
+    expected = np.zeros((2, 5, 4))
+    expected[0, 2, 1:3] = 12 / 16 * 8 / 16, 4 / 16 * 8 / 16
+    expected[1, 2:4, 1] = 8 / 16
+    assert np.array_equal(mouths, expected)
+
+
 def test_batches_of_any_shape_have_about_as_many_tokens():
     def make_cache(clips, *shape):
         scenes = [make_scene(np.random.default_rng(seed), 6) for seed in range(clips)]
         audio_latents = np.zeros((clips, 4 * shape[0] - 3, 8), np.float16)
-        return cache_latents.Cache(np.zeros((clips, 4, *shape), np.float16), audio_latents, scenes)
+        latents, mouths = np.zeros((clips, 4, *shape), np.float16), np.zeros((clips, *shape), np.float16)
+        return cache_latents.Cache(latents, audio_latents, mouths, scenes)
 
     caches, sizes = [make_cache(30, 13, 8, 8), make_cache(10, 13, 8, 16)], []
     for seed in range(200):
