@@ -36,16 +36,16 @@ dataset held_out 128 128 2 --held-out
 datasets=(--data data/128 data/96x160 data/256 --held-out data/held_out)
 
 # 1. What clips and prompts say
-video() { recipe turbo_vae train_turbo_vae 5000 "${datasets[@]}" "${long[@]}"; }
+video() { recipe turbo_vae train_turbo_vae 4000 "${datasets[@]}" "${long[@]}"; }
 text() { recipe text_encoder train_text_encoder 1200; }
 both video text
 
 # 2. Latents of clips: width, height, frames, how many parts of equal numbers of clips an hour of the whole has, and how
 #    many frames are drawn if not all
 shapes=(
-    "128 128 49 12" "128 128 25 4" "128 128 97 4" "128 128 149 2" "256 256 25 4"
-    "96 160 49 4" "160 96 49 4" "128 160 49 4" "160 128 49 4" "96 160 97 2" "160 128 97 2"
-    "128 128 49 60 1" "128 128 25 10 1" "128 128 97 10 1" "128 128 149 6 1"
+    "128 128 49 6" "128 128 25 2" "128 128 97 2" "128 128 149 1" "256 256 25 2"
+    "96 160 49 2" "160 96 49 2" "128 160 49 2" "160 128 49 2" "96 160 97 1" "160 128 97 1"
+    "128 128 49 40 1" "128 128 25 6 1" "128 128 97 6 1" "128 128 149 4 1"
 )
 clips=$((minutes < 60 ? minutes + 1 : 60))
 lane() { # draws and encodes each second part
@@ -69,13 +69,15 @@ both even odd
 text_and_vae=(--text runs/text_encoder --turbo-vae runs/turbo_vae)
 small=(cache/{1[26]*,96}x*x*[0-9][0-9]/*)
 generation() {
-    recipe base train_transformer 1500 --data "${small[@]}" cache/*-1/* "${text_and_vae[@]}" "${long[@]}"
-    recipe distilled train_distilled 30 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" --save-every 20
+    recipe base train_transformer 600 --batch-size 8 --learning-rate 2e-3 --decay 0.85 "${text_and_vae[@]}" "${long[@]}" \
+        --data "${small[@]}" cache/*-1/*
+    recipe distilled train_distilled 20 --batch-size 8 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" \
+        --save-every 20
 }
 decoding() {
     recipe audio_vae train_audio_vae 3000 "${long[@]}"
     recipe video_vae train_video_vae 2500 "${datasets[@]}" --turbo-vae runs/turbo_vae
-    recipe upscale train_upscale 2500 --low cache/128x128x25/* --high cache/256x256x25/* "${text_and_vae[@]}" \
+    recipe upscale train_upscale 500 --low cache/128x128x25/* --high cache/256x256x25/* "${text_and_vae[@]}" \
         "${long[@]}"
 }
 both generation decoding
