@@ -6,8 +6,8 @@
 
 The student generates in steps of the distilled scheduler and learns in one of them, drawn for each batch. Noise is
 added to what it made; the base, with guidance, and a third transformer, the critic, say where it came from. The critic
-is trained on what the student makes, several times for each of the student's steps. No clip of the caches is looked
-at, but for first frames and sounds that are given. What is saved is a mean of the student's weights over its steps.
+is trained on what the student made, several times with other noise, as making it takes longest. No clip of the caches
+is looked at, but for first frames and sounds that are given. What is saved is a mean of the student's weights.
 
 The losses of single batches say little. So the same prompts are generated from the same noise before the first step
 and with each saved state: `judged_by_teacher` and `judged_by_critic` are losses of flow matching on the result, which
@@ -125,44 +125,41 @@ def main() -> None:
 
     # 2. Train
     for rng in run.steps():
-        for number in range(arguments.critic_steps + 1):
-            batch = draw_batch(caches, rng, arguments.batch_size, run.device)
-            count, given, text = len(batch.prompts), batch[:2], texts.embed(batch.prompts)
-            held_frame = torch.zeros_like(batch.latents[:, :1, :, :1, :1], dtype=torch.bool)
-            held_frame[:, 0, 0, 0, 0] = batch.has_frame
-            held = (held_frame, batch.has_audio[:, None, None])
-            learns = number == arguments.critic_steps
-            levels = sample_noise_levels(count, "uniform", 3.0, device=run.device)
-            with torch.set_grad_enabled(learns):
-                generated = generate(student, text, given, held, sigmas[: rng.integers(NUM_STEPS) + 1])
+        batch = draw_batch(caches, rng, arguments.batch_size, run.device)
+        count, given, text = len(batch.prompts), batch[:2], texts.embed(batch.prompts)
+        held_frame = torch.zeros_like(batch.latents[:, :1, :, :1, :1], dtype=torch.bool)
+        held_frame[:, 0, 0, 0, 0] = batch.has_frame
+        held = (held_frame, batch.has_audio[:, None, None])
+        generated = generate(student, text, given, held, sigmas[: rng.integers(NUM_STEPS) + 1])
 
-            if not learns:
-                loss = flow_matching_loss(
-                    critic,
-                    *generated,
-                    *text,
-                    levels,
-                    image_probability=batch.has_frame.float(),
-                    audio_probability=batch.has_audio.float(),
-                )
-                run.update("critic", loss.loss)
-                continue
+        levels = sample_noise_levels(count, "uniform", 3.0, device=run.device)
+        with run.accelerator.autocast(), torch.no_grad():
+            noisy = tuple(add_noise(state, torch.randn_like(state), levels) for state in generated)
+            noisy = hold(noisy, given, held)
+            negative = texts.embed_negative(count)
+            predictions = []
+            for model, embeds, mask in ((teacher, *text), (teacher, *negative), (critic, *text)):
+                velocities = model(*noisy, embeds, encoder_attention_mask=mask, return_dict=False)
+                clean = tuple(predict_clean(x, v, levels) for x, v in zip(noisy, velocities, strict=True))
+                predictions.append(hold(clean, given, held))
+        losses = [
+            distribution_matching_loss(state, uncond + arguments.guidance_scale * (cond - uncond), fake)
+            for state, cond, uncond, fake in zip(generated, *predictions, strict=True)
+        ]
+        run.update("student", losses[0] + losses[1], video=losses[0], audio=losses[1])
+        average.update_parameters(run.unwrap("student").train().transformer)
 
-            with run.accelerator.autocast(), torch.no_grad():
-                noisy = tuple(add_noise(state, torch.randn_like(state), levels) for state in generated)
-                noisy = hold(noisy, given, held)
-                negative = texts.embed_negative(count)
-                predictions = []
-                for model, embeds, mask in ((teacher, *text), (teacher, *negative), (critic, *text)):
-                    velocities = model(*noisy, embeds, encoder_attention_mask=mask, return_dict=False)
-                    clean = tuple(predict_clean(x, v, levels) for x, v in zip(noisy, velocities, strict=True))
-                    predictions.append(hold(clean, given, held))
-            losses = [
-                distribution_matching_loss(state, uncond + arguments.guidance_scale * (cond - uncond), fake)
-                for state, cond, uncond, fake in zip(generated, *predictions, strict=True)
-            ]
-            run.update("student", losses[0] + losses[1], video=losses[0], audio=losses[1])
-            average.update_parameters(run.unwrap("student").train().transformer)
+        # The critic comes second, so that what it judges is nothing it has learned.
+        for _ in range(arguments.critic_steps):
+            loss = flow_matching_loss(
+                critic,
+                *(state.detach() for state in generated),
+                *text,
+                sample_noise_levels(count, "uniform", 3.0, device=run.device),
+                image_probability=batch.has_frame.float(),
+                audio_probability=batch.has_audio.float(),
+            )
+            run.update("critic", loss.loss)
         run.measure(measure)
         if (run.step + 1) % arguments.save_every == 0:
             save_sheet(draw_samples(average.module, vae, texts, caches[0], scheduler), run.output / "samples.png")
