@@ -59,7 +59,7 @@ def load_cache(folder: Path) -> Cache:
     Raises:
         `OSError`: The folder is no finished cache.
     """
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
     lines = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
     scenes = [Scene(**line | {"words": tuple(VOCABULARY[number] for number in line["words"])}) for line in lines]
     return Cache(*arrays, scenes)

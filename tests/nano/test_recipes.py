@@ -198,6 +198,8 @@ def test_caches_hold_latents_and_scenes_of_clips(one_step, monkeypatch):
         latents = vae.encode(to_tensor(clips[2].drawing.frames[None])).latent_dist.mode()[0]
     assert np.abs(cache.latents[2] - latents.numpy()).max() < 0.01
     assert np.abs(cache.audio_latents[1] - clips[1].speech.latents).max() < 0.01
+    mouths = cache_latents.find_mouths(clips[1].drawing.mouth, 96, 64)
+    assert mouths.max() > 0 and np.array_equal(cache.mouths[1], mouths.astype(np.float16))
     with pytest.raises(OSError, match=r"latents\.npy"):
         cache_latents.load_cache(folder)
 
