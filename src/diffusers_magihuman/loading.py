@@ -113,7 +113,7 @@ def open_transformer(source: Source, subfolder: str | None, variant: str, **hub_
     names = ["sr_transformer", "transformer"] if variant.startswith("sr") else ["transformer"]
     folders = [subfolder] if subfolder else VARIANT_FOLDERS[variant]
     other = "transformer" if variant.startswith("sr") else "sr_transformer"  # beside it, and as large
-    if not str(subfolder).endswith(f"/{other}"):
+    if f"/{other}/" not in f"{subfolder}/":
         hub_kwargs["ignore_patterns"] = f"*/{other}/*"
     patterns = [f"{folder}/{kind}" for folder in folders for kind in ("*.safetensors", "*.json")]
     root = fetch(source, [*patterns, *folders], subfolder, **hub_kwargs)
