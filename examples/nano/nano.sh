@@ -69,10 +69,8 @@ both even odd
 text_and_vae=(--text runs/text_encoder --turbo-vae runs/turbo_vae)
 small=(cache/{1[26]*,96}x*x*[0-9][0-9]/*)
 generation() {
-    recipe base train_transformer 600 --batch-size 8 --learning-rate 2e-3 --decay 0.85 "${text_and_vae[@]}" "${long[@]}" \
-        --data "${small[@]}" cache/*-1/*
-    recipe distilled train_distilled 20 --batch-size 8 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" \
-        --save-every 20
+    recipe base train_transformer 600 --decay 0.85 --data "${small[@]}" cache/*-1/* "${text_and_vae[@]}" "${long[@]}"
+    recipe distilled train_distilled 20 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" --save-every 20
 }
 decoding() {
     recipe audio_vae train_audio_vae 3000 "${long[@]}"

@@ -76,7 +76,7 @@ def generate(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, steps=300, batch_size=16, learning_rate=5e-5)
+    parser = make_parser(__doc__, steps=300, batch_size=8, learning_rate=5e-5)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="outputs of cache_latents.py")
     parser.add_argument("--base", type=Path, required=True, help="output of train_transformer.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")

@@ -115,7 +115,7 @@ def draw_samples(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, steps=40000, batch_size=16, learning_rate=1e-3)
+    parser = make_parser(__doc__, steps=40000, batch_size=8, learning_rate=2e-3)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="outputs of cache_latents.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")

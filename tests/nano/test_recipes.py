@@ -252,6 +252,27 @@ def test_batches_of_any_shape_have_about_as_many_tokens():
     assert {*sizes} == {(4, 8), (2, 16)} and 0.45 < np.mean([width == 8 for _, width in sizes]) < 0.65
 
 
+def test_the_base_learns_most_of_mouths_and_of_given_sounds(one_step, monkeypatch):
+    folder, seen = one_step.run("base", monkeypatch), []
+    learn = train_transformer.flow_matching_loss
+
+    def watch(*given, latent_weights, **options):
+        seen.append(latent_weights)
+        return learn(*given, latent_weights=latent_weights, **options)
+
+    monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
+    train("base", "weighed", "--steps 1 --motion-weight 0 --mouth-weight 8", monkeypatch)
+    mouths = [cache_latents.load_cache(folder / "cache" / name).mouths for name in ("64x64", "96x64")]
+    mouths = next(each for each in mouths if each.shape[1:] == seen[0].shape[2:])
+    assert min(np.abs(seen[0][0, 0].numpy() - 1 - 8 * mouth).max() for mouth in mouths) < 1e-5
+
+    cache = cache_latents.load_cache(folder / "cache" / "64x64")
+    first = cache._replace(latents=cache.latents[:, :, :1], mouths=cache.mouths[:, :1])
+    for of, share in ((cache, 0.5), (first, 0.25)):
+        given = train_transformer.draw_batch([of], np.random.default_rng(0), 60, torch.device("cpu")).has_audio
+        assert abs(given.float().mean() - share) < 0.1
+
+
 def test_prompts_often_say_something_else_than_what_is_given():
     scene = Scene("tan", "black", "bob", False, False, "purple", "green", "deep", VOCABULARY[9:10])
 
