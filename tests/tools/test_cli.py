@@ -24,7 +24,7 @@ from helpers import PROMPT, peak_frequency, read_frames, read_header, read_sound
 
 from diffusers_magihuman import export_to_mp4
 from diffusers_magihuman.files import unfinished_folder
-from diffusers_magihuman.tools import plan
+from diffusers_magihuman.tools import cli, plan
 from diffusers_magihuman.tools.cli import main, quiet
 from diffusers_magihuman.tools.generate import Progress
 from diffusers_magihuman.tools.hub import make_model_card
@@ -452,6 +452,24 @@ def test_signals_end_the_command_as_errors_do(number, is_swallowed, monkeypatch,
         for each, handler in before.items():
             signal.signal(each, handler)
     assert capsys.readouterr().err == "magihuman: interrupted\n" and not list(tmp_path.iterdir())
+
+
+def test_signals_wait_while_modules_are_imported(monkeypatch, capsys):
+    # As PyTorch's C++ code does not survive what they raise in it.
+    imported = []
+
+    def kill(name):
+        os.kill(os.getpid(), signal.SIGINT)
+        imported.append(name)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "import_module", kill)
+    try:
+        assert cli.run_command("magihuman", lambda: cli.import_heavy("none")) == 130
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(imported) == 1 and capsys.readouterr().err == "magihuman: interrupted\n"
 
 
 EMBEDDED = [

@@ -42,6 +42,7 @@ from .embedded import TINY_NAMES, TINY_UPSCALE_NAMES, find_model, is_repository
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_PROMPT_BYTES = 2**20
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no last
 OFFLOADS = ("none", "model", "block", "leaf", "auto")
 
 
@@ -382,7 +383,7 @@ def run_command(program: str, run: Callable[[], int | None], debug: bool = False
         received.append(number)  # libraries make other errors of what this raises
         raise KeyboardInterrupt
 
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:  # Windows has no last
+    for number in SIGNALS:
         with suppress(ValueError):  # in another thread than the first
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not set by Python, nor restored by it
                 handlers[number] = signal.signal(number, interrupt)
@@ -408,12 +409,17 @@ def import_heavy(name: str) -> ModuleType:
         return sys.modules[name]
     # Threads that wait for work would spin, for several times the time of the tiny model where the machine is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # What a signal raises in PyTorch's C++ code ends the process without a word, so signals wait for the import's end.
+    set_blocked = getattr(signal, "pthread_sigmask", None)  # Windows has none
+    before = set_blocked and set_blocked(signal.SIG_BLOCK, SIGNALS)
     gc.disable()  # what is imported stays, so looking for garbage in it is in vain, now and later
     try:
         return import_module(name)
     finally:
         gc.freeze()
         gc.enable()
+        if set_blocked:
+            set_blocked(signal.SIG_SETMASK, before)
 
 
 def main(argv: list[str] | None = None) -> int:
