@@ -11,9 +11,9 @@ With `--drawn 1` a clip takes a fiftieth of the time and, in training, of the to
 its whole sound say what a prompt means, and only how a face moves has to be learned from whole clips.
 
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
-(clips x length x channels), `mouths.npy` (clips x latent frames x latent height x latent width), which says how much
-of each position is mouth, and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip number i is
-`clips.make_clip(i)`. A folder appears when it is complete; frames and voices are on no disk.
+(clips x length x channels), `eyes.npy` and `mouths.npy` (clips x latent frames x latent height x latent width), which
+say how much of each position is eyes and mouth, and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip
+number i is `clips.make_clip(i)`. A folder appears when it is complete; frames and voices are on no disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from words import VOCABULARY
 
 from diffusers_magihuman import AutoencoderKLMagiHumanTurbo
 
-ARRAYS = ("latents", "audio_latents", "mouths")
+ARRAYS = ("latents", "audio_latents", "eyes", "mouths")
 
 
 class Cache(NamedTuple):
@@ -43,6 +43,7 @@ class Cache(NamedTuple):
 
     latents: np.ndarray
     audio_latents: np.ndarray
+    eyes: np.ndarray
     mouths: np.ndarray
     scenes: list[Scene]
 
@@ -72,15 +73,15 @@ def choose_cache(caches: list[Cache], rng: np.random.Generator) -> int:
 
 
 def read_clips(cache: Cache, clips: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Latents of video and sound of these clips, and how much of each position is mouth, float32."""
+    """Latents of video and sound of these clips, and how much of each position is eyes and mouth, float32."""
     return tuple(
         torch.from_numpy(np.stack([values[clip] for clip in clips]).astype(np.float32)).to(device)
         for values in cache[: len(ARRAYS)]
     )
 
 
-def find_mouths(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """How much of each latent position the mouth's box covers, from none to all, `(latent frames, height, width)`."""
+def find_shares(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """How much of each latent position a moving box covers, from none to all, `(latent frames, height, width)`."""
     covered = []
     for low, high, length in ((1, 3, height), (0, 2, width)):
         starts = np.arange(0, length, SPATIAL)
@@ -126,8 +127,11 @@ def main() -> None:
         with accelerator.autocast():
             latents = encode(turbo_vae, video)
         audio_latents = np.stack([clip.speech.latents for clip in clips])
-        mouths = np.stack([find_mouths(clip.drawing.mouth, *arguments.size) for clip in clips])
-        for name, values in zip(ARRAYS, (latents.float().cpu().numpy(), audio_latents, mouths), strict=True):
+        shares = np.stack(
+            [[find_shares(box, *arguments.size) for box in clip.drawing.boxes.swapaxes(0, 1)] for clip in clips]
+        )
+        covered = shares[:, :2].sum(axis=1), shares[:, 2]
+        for name, values in zip(ARRAYS, (latents.float().cpu().numpy(), audio_latents, *covered), strict=True):
             if name not in arrays:
                 shape = (arguments.clips, *values.shape[1:])
                 arrays[name] = np.lib.format.open_memmap(new / f"{name}.npy", "w+", np.float16, shape)

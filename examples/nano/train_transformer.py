@@ -51,11 +51,12 @@ def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
 
 
 class Batch(NamedTuple):
-    """Latents of video and sound, where mouths are, prompts, and whose first frame and whose sound are given, bool
-    `(batch_size,)`."""
+    """Latents of video and sound, where eyes and mouths are, prompts, and whose first frame and whose sound are given,
+    bool `(batch_size,)`."""
 
     latents: torch.Tensor
     audio_latents: torch.Tensor
+    eyes: torch.Tensor
     mouths: torch.Tensor
     prompts: list[str]
     has_frame: torch.Tensor
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
     parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--eye-weight", type=float, default=6.0, help="default: %(default)s")
     parser.add_argument("--mouth-weight", type=float, default=16.0, help="default: %(default)s")
     parser.add_argument("--text-dropout", type=float, default=0.1, help="part of the batches, default: %(default)s")
     parser.add_argument("--pure-noise", type=float, default=0.25, help="part of each batch, default: %(default)s")
@@ -151,11 +153,11 @@ def main() -> None:
         noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
         # Of pure noise the prompt alone says what it becomes, which is what sampling begins with.
         noise_levels[: round(arguments.pure_noise * count)] = 1.0
-        # What moves counts for more, and mouths most: walls and shirts are easily learned, but what a voice says of a
-        # mouth is a hundredth of all that a video holds.
+        # What moves counts for more, eyes do, and mouths most: walls and shirts are easily learned, but what a voice
+        # says of a mouth is a hundredth of all that a video holds, and whether an iris keeps its colour hardly more.
         motion = batch.latents.diff(dim=2, append=batch.latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
         weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
-        weights *= 1 + arguments.mouth_weight * batch.mouths[:, None]
+        weights *= 1 + (arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths)[:, None]
         loss = flow_matching_loss(
             run.models["transformer"],
             batch.latents,

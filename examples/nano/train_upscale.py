@@ -78,7 +78,7 @@ def main() -> None:
     @torch.no_grad()
     def draw_samples() -> dict[str, float]:
         """Draws a clip as small latents that are resized, upscaled and true ones decode; the sharpness of these."""
-        latents, audio_latents, _ = read_clips(lows[0], np.arange(1), run.device)
+        latents, audio_latents, *_ = read_clips(lows[0], np.arange(1), run.device)
         true, *_ = read_clips(highs[0], np.arange(1), run.device)
         embeds, mask = texts.embed([make_prompt(np.random.default_rng(0), highs[0].scenes[0])])
         upscaled = pipe(

@@ -198,8 +198,9 @@ def test_caches_hold_latents_and_scenes_of_clips(one_step, monkeypatch):
         latents = vae.encode(to_tensor(clips[2].drawing.frames[None])).latent_dist.mode()[0]
     assert np.abs(cache.latents[2] - latents.numpy()).max() < 0.01
     assert np.abs(cache.audio_latents[1] - clips[1].speech.latents).max() < 0.01
-    mouths = cache_latents.find_mouths(clips[1].drawing.mouth, 96, 64)
-    assert mouths.max() > 0 and np.array_equal(cache.mouths[1], mouths.astype(np.float16))
+    left, right, mouth = (cache_latents.find_shares(box, 96, 64) for box in clips[1].drawing.boxes.swapaxes(0, 1))
+    assert mouth.max() > 0 and np.array_equal(cache.mouths[1], mouth.astype(np.float16))
+    assert min(left.max(), right.max()) > 0 and np.array_equal(cache.eyes[1], (left + right).astype(np.float16))
     with pytest.raises(OSError, match=r"latents\.npy"):
         cache_latents.load_cache(folder)
 
@@ -227,22 +228,22 @@ def test_sizes_and_lengths_that_do_not_fit(tmp_path, monkeypatch, capsys):
     assert "--length is 60, it must be 1 to 49" in capsys.readouterr().err
 
 
-def test_mouths_are_found_where_they_are_drawn():
+def test_boxes_cover_positions_where_they_are_drawn():
     boxes = np.array([[20.0, 40, 36, 48]] + 4 * [[16.0, 40, 32, 56]])  # left, top, right, bottom
-    mouths = cache_latents.find_mouths(boxes, 64, 80)
-    assert mouths.shape == (2, 5, 4)
+    shares = cache_latents.find_shares(boxes, 64, 80)
+    assert shares.shape == (2, 5, 4)
     expected = np.zeros((2, 5, 4))
     expected[0, 2, 1:3] = 12 / 16 * 8 / 16, 4 / 16 * 8 / 16
     expected[1, 2:4, 1] = 8 / 16
-    assert np.array_equal(mouths, expected)
+    assert np.array_equal(shares, expected)
 
 
 def test_batches_of_any_shape_have_about_as_many_tokens():
     def make_cache(clips, *shape):
         scenes = [make_scene(np.random.default_rng(seed), 6) for seed in range(clips)]
         audio_latents = np.zeros((clips, 4 * shape[0] - 3, 8), np.float16)
-        latents, mouths = np.zeros((clips, 4, *shape), np.float16), np.zeros((clips, *shape), np.float16)
-        return cache_latents.Cache(latents, audio_latents, mouths, scenes)
+        latents, shares = np.zeros((clips, 4, *shape), np.float16), np.zeros((clips, *shape), np.float16)
+        return cache_latents.Cache(latents, audio_latents, shares, shares, scenes)
 
     caches, sizes = [make_cache(30, 13, 8, 8), make_cache(10, 13, 8, 16)], []
     for seed in range(200):
@@ -252,7 +253,7 @@ def test_batches_of_any_shape_have_about_as_many_tokens():
     assert {*sizes} == {(4, 8), (2, 16)} and 0.45 < np.mean([width == 8 for _, width in sizes]) < 0.65
 
 
-def test_the_base_learns_most_of_mouths_and_of_given_sounds(one_step, monkeypatch):
+def test_the_base_learns_most_of_eyes_and_mouths_and_of_given_sounds(one_step, monkeypatch):
     folder, seen = one_step.run("base", monkeypatch), []
     learn = train_transformer.flow_matching_loss
 
@@ -261,13 +262,16 @@ def test_the_base_learns_most_of_mouths_and_of_given_sounds(one_step, monkeypatc
         return learn(*given, latent_weights=latent_weights, **options)
 
     monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
-    train("base", "weighed", "--steps 1 --motion-weight 0 --mouth-weight 8", monkeypatch)
-    mouths = [cache_latents.load_cache(folder / "cache" / name).mouths for name in ("64x64", "96x64")]
-    mouths = next(each for each in mouths if each.shape[1:] == seen[0].shape[2:])
-    assert min(np.abs(seen[0][0, 0].numpy() - 1 - 8 * mouth).max() for mouth in mouths) < 1e-5
+    train("base", "weighed", "--steps 1 --motion-weight 0 --eye-weight 2 --mouth-weight 8", monkeypatch)
+    caches = [cache_latents.load_cache(folder / "cache" / name) for name in ("64x64", "96x64")]
+    shown = next(each for each in caches if each.mouths.shape[1:] == seen[0].shape[2:])
+    expected = 1 + 2 * shown.eyes.astype(np.float32) + 8 * shown.mouths.astype(np.float32)
+    assert shown.eyes.max() > 0 and min(np.abs(seen[0][0, 0].numpy() - each).max() for each in expected) < 1e-5
 
     cache = cache_latents.load_cache(folder / "cache" / "64x64")
-    first = cache._replace(latents=cache.latents[:, :, :1], mouths=cache.mouths[:, :1])
+    first = cache._replace(
+        **{name: getattr(cache, name)[:, :1] for name in ("eyes", "mouths")}, latents=cache.latents[:, :, :1]
+    )
     for of, share in ((cache, 0.5), (first, 0.25)):
         given = train_transformer.draw_batch([of], np.random.default_rng(0), 60, torch.device("cpu")).has_audio
         assert abs(given.float().mean() - share) < 0.1
