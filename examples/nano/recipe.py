@@ -166,6 +166,7 @@ class Run:
         """Saves what resuming needs; the previous state stays until the new one is complete."""
         state, new, old = (self.output / name for name in ("state", "state.new", "state.old"))
         self.accelerator.save_state(new)
+        self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
         lines = len(self.log.read_text().splitlines()) if self.log.exists() else 0
@@ -206,7 +207,7 @@ def save_sheet(rows: list[np.ndarray], picture: Path) -> None:
 
 
 def save_picture(image: PIL.Image.Image, picture: Path) -> None:
-    temporary = picture.with_suffix(".tmp.png")
+    temporary = picture.with_suffix(f".{os.getpid()}.png")  # as several processes may draw
     image.save(temporary)
     os.replace(temporary, picture)
 
