@@ -27,7 +27,7 @@ from diffusers_magihuman import embedded_model, export_to_mp4
 from diffusers_magihuman.tools import batch, requests
 
 RUN = "from diffusers_magihuman.tools.cli import run_process; run_process()"
-PROMPT = "A cartoon head with a round face says ma mi mo."
+PROMPT = 'A man with a round face says: "one, two, three".'
 
 
 def clocks() -> tuple[float, float]:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers_magihuman import embedded_model, export_to_mp4, format_prompt
 
 model, upscale_model = sys.argv[1:3] or (embedded_model(), embedded_model("upscale"))
-prompt = format_prompt("A woman in a green jumper smiles.", [("Woman", "English", "Welcome to our library.")])
+prompt = format_prompt("A woman in a green jumper smiles.", [("Woman", "English", "Hello, thank you.")])
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 generator = torch.manual_seed(42)

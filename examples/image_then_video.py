@@ -10,7 +10,7 @@ from diffusers_magihuman import embedded_model, export_to_mp4, format_prompt
 
 image_model, model = sys.argv[1:3] or (None, embedded_model())
 look = "A fisherman with a grey beard and a yellow raincoat on a pier, medium close-up, static camera, soft daylight"
-line = "The wind turns at noon."
+line = "Yes, one, two."
 description = f"""{look}. He looks into the lens, his brow lifts, and he says slowly in a deep, rough voice,
 "{line}" Then his lips close and his eyes narrow against the light."""
 

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import embedded_model, export_to_mp4, format_prompt
 
-lines = "The house was built by my grandfather.", "He laid every stone of it himself.", "And it still stands today."
+lines = "Hello, hello.", "One, two, three, four.", "Thank you, goodbye."  # the words that tiny models know
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}

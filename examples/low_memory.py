@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_magihuman import embedded_model, export_to_mp4, format_prompt
 
-prompt = format_prompt("A man in a grey coat is slow.", [("Man", "English", "Every layer comes when it is needed.")])
+prompt = format_prompt("A man in a grey coat is slow.", [("Man", "English", "Hello, thank you, goodbye.")])
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 dtype = {"default": compute_dtype, "audio_vae": torch.float32}

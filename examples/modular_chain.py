@@ -8,8 +8,8 @@ from diffusers import ComponentsManager
 
 from diffusers_magihuman import MagiHumanDistilledAutoBlocks, MagiHumanUpscaleAutoBlocks, embedded_model, export_to_mp4
 
-line = "ma mi mo mu"  # what the tiny model knows
-prompt = f'A speaker with red hair says in a deep voice, "{line}"\n\nDialogue:\n<Speaker, syllables>: "{line}"'
+line = "hello, thank you"  # what the tiny model knows
+prompt = f'A speaker with red hair says in a deep voice, "{line}"\n\nDialogue:\n<Speaker, English>: "{line}"'
 model, upscale_model = sys.argv[1:3] or (embedded_model(), embedded_model("upscale"))
 dtype = {"default": torch.bfloat16 if torch.cuda.is_available() else torch.float32, "audio_vae": torch.float32}
 manager = ComponentsManager()

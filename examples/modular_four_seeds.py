@@ -7,8 +7,8 @@ import torch
 
 from diffusers_magihuman import MagiHumanDistilledAutoBlocks, embedded_model, export_to_mp4
 
-line = "ma mi mo mu"  # what the tiny model knows
-prompt = f'A speaker with red hair says in a deep voice, "{line}"\n\nDialogue:\n<Speaker, syllables>: "{line}"'
+line = "hello, thank you"  # what the tiny model knows
+prompt = f'A speaker with red hair says in a deep voice, "{line}"\n\nDialogue:\n<Speaker, English>: "{line}"'
 model, *_ = [*sys.argv[1:], embedded_model()]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}

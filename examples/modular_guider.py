@@ -9,8 +9,8 @@ from diffusers.hooks import LayerSkipConfig
 
 from diffusers_magihuman import MagiHumanAutoBlocks, embedded_model, export_to_mp4
 
-line = "ma mi mo mu"  # what the tiny model knows
-prompt = f'A speaker with red hair says in a deep voice, "{line}"\n\nDialogue:\n<Speaker, syllables>: "{line}"'
+line = "hello, thank you"  # what the tiny model knows
+prompt = f'A speaker with red hair says in a deep voice, "{line}"\n\nDialogue:\n<Speaker, English>: "{line}"'
 model, *_ = [*sys.argv[1:], embedded_model("base")]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}

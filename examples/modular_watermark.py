@@ -26,5 +26,5 @@ blocks.sub_blocks["watermark"] = WatermarkStep()  # last: before they are decode
 pipe = blocks.init_pipeline(model)
 pipe.load_components(dtype={"default": torch.bfloat16 if device == "cuda" else None, "audio_vae": torch.float32})
 pipe.to(device)
-output = pipe(prompt='A speaker says, "ma mi mo mu"', generator=torch.manual_seed(42))
+output = pipe(prompt='A speaker says, "hello, thank you"', generator=torch.manual_seed(42))
 print(export_to_mp4(output.videos[0], "modular_watermark.mp4", output.audio[0], sampling_rate=output.sampling_rate))

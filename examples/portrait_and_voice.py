@@ -17,7 +17,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
 if portrait is None:  # a face, and the voice of another one
-    first, second = (pipe('A speaker says: "ma mi mo mu".', generator=torch.manual_seed(seed)) for seed in (1, 2))
+    first, second = (pipe('A speaker says: "hello, goodbye".', generator=torch.manual_seed(seed)) for seed in (1, 2))
     portrait, speech = first.frames[0][0], (second.audio[0], pipe.audio_sampling_rate)
 
 # The video gets the length of the audio; give only one of the two to have the model invent the other.

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 import diffusers_magihuman as magihuman
 
 model, upscale_model = sys.argv[1:3] or (magihuman.embedded_model(), magihuman.embedded_model("upscale"))
-prompt = magihuman.format_prompt('A baker dusts his hands and says, "Try it while it is warm."', None, "Oven fan")
+prompt = magihuman.format_prompt('A baker dusts his hands and says, "Hello, thank you."', None, "Oven fan")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}
 

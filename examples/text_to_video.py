@@ -14,8 +14,8 @@ close-up, static camera, soft daylight from the left. She looks into the lens, d
 voice, "{line}" The corners of her mouth lift, her lips close and her gaze stays on the viewer."""
 prompt = format_prompt(description, [("Woman with silver hair", "English", line)], "Quiet room tone")
 if len(sys.argv) == 1:  # the tiny model of the package, which knows other words
-    description = "A speaker with pale skin and long white hair, in a green shirt, before a blue wall. Static camera."
-    prompt = format_prompt(description, [("Speaker", "syllables", "mi ma mu mo")], "Quiet room")
+    description = "A woman with pale skin and long white hair, in a green shirt, before a blue wall. Static camera."
+    prompt = format_prompt(description, [("Woman", "Korean", "annyeong, hana, dul")], "Quiet room")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {"default": torch.bfloat16 if device == "cuda" else torch.float32, "audio_vae": torch.float32}

@@ -107,7 +107,7 @@ def make_clips(folder: Path) -> Path:
     pipe = DiffusionPipeline.from_pretrained(embedded_model())
     folder.mkdir(parents=True, exist_ok=True)
     for seed, colour in enumerate(("red", "green")):
-        caption = f'A speaker with pale skin, in a {colour} shirt. The speaker says: "ma mi mo mu".'
+        caption = f'A speaker with pale skin, in a {colour} shirt. The speaker says: "hello, thank you".'
         clip = pipe(caption, generator=torch.manual_seed(seed))
         export_to_mp4(clip.frames[0], folder / f"{colour}.mp4", clip.audio[0])
         (folder / f"{colour}.txt").write_text(caption)

@@ -339,7 +339,7 @@ def test_modular_chain(run_example, model, upscale_model):
 def test_modular_watermark(run_example, model):
     """Half as bright where the mark is, on every frame."""
     pipe = DiffusionPipeline.from_pretrained(model)
-    expected = pipe('A speaker says, "ma mi mo mu"', generator=torch.manual_seed(42)).frames[0] * 255
+    expected = pipe('A speaker says, "hello, thank you"', generator=torch.manual_seed(42)).frames[0] * 255
     video = check_video(run_example("modular_watermark", model), 9, 64, 96)
     inside = np.s_[:, -10:-6, 8:40]
     assert abs(video[inside].mean() - expected[inside].mean() / 2) < 6

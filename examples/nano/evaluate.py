@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the embedded models as a visitor sees them, on prompts of looks that no training saw, with fixed seeds.
 
-    python examples/nano/evaluate.py --readers runs/readers.safetensors
-    python examples/nano/evaluate.py --readers runs/readers.safetensors --parts upscaled seconds  # the others stay
+    python examples/nano/evaluate.py
+    python examples/nano/evaluate.py --parts upscaled seconds  # the others stay
 
 Writes `benchmarks/embedded.json`: first a table of what must be reached, with what the readers of `recognise.py` say
 of drawn clips in the same place, then every number by parts; and `embedded.png` and `embedded_upscaled.png`, frames of
@@ -53,6 +53,7 @@ from words import FRAME_RATE, SAMPLING_RATE, Speech, say
 from diffusers_magihuman import embedded_model, export_to_mp4
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+READERS = Path(__file__).parent / "readers.safetensors"
 FIRST_SEED = 10_000  # no choice was made by looking at these scenes
 NUM_FRAMES = 49
 SIZES = ((128, 128), (96, 160), (160, 96), (128, 160), (160, 128))  # width and height
@@ -482,7 +483,9 @@ def make_table(results: dict[str, Any]) -> dict[str, dict[str, float | bool]]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readers", type=Path, required=True, help="output of recognise.py")
+    parser.add_argument(
+        "--readers", type=Path, default=READERS, help="output of recognise.py, default: that beside this"
+    )
     parser.add_argument("--clips", type=int, default=200, help="prompts, default: %(default)s")
     parser.add_argument("--few", type=int, default=20, help="clips of the slower measurements, default: %(default)s")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")

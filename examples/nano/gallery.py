@@ -17,7 +17,7 @@ import PIL.ImageFont
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_magihuman import embedded_model
+from diffusers_magihuman import embedded_model, format_prompt
 from diffusers_magihuman.files import move_into_place, unfinished_folder
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -27,20 +27,26 @@ MARGIN, LINE_HEIGHT = 8, 18
 class Wish(NamedTuple):
     look: str
     voice: str
+    language: str
     line: str
 
     @property
     def prompt(self) -> str:
-        return f'A speaker with {self.look}. The speaker says in a {self.voice} voice: "{self.line}".'
+        return format_prompt(f"{self.look}, with a {self.voice} voice.", [("Speaker", self.language, self.line)])
 
 
 WISHES = (
-    Wish("long red hair, in a green shirt", "high", "ma mi mo mu"),
-    Wish("dark skin and short black hair, in a yellow shirt", "deep", "mo ma mo mi"),
-    Wish("pale skin and white hair, wearing glasses, in a blue shirt", "medium", "mu mi ma"),
-    Wish("tan skin and long brown hair, in a red shirt", "high", "mi mo mi mo"),
-    Wish("dark skin and white hair, wearing glasses, in a grey shirt", "deep", "ma mu ma mu"),
-    Wish("pale skin and short red hair, in a blue shirt", "high", "mo mi mu"),
+    Wish("A woman with long red hair, in a green shirt", "high", "English", "hello, thank you"),
+    Wish("A bearded man with dark skin and short black hair, in a yellow jumper", "deep", "French", "bonjour, merci"),
+    Wish("A lady with pale skin and a white bob, in a blue top", "medium", "Mandarin", "ni hao, xie xie"),
+    Wish("A bald man with tan skin and glasses, in a purple shirt", "deep", "German", "eins, zwei, drei"),
+    Wish("A person with brown skin and curly brown hair, in a red shirt", "high", "Japanese", "hai, arigato"),
+    Wish(
+        "A woman with blond hair in a bun, in a grey sweater, against a pink wall",
+        "high",
+        "Korean",
+        "annyeong, hana, dul",
+    ),
 )
 
 
@@ -52,7 +58,7 @@ class Clip(NamedTuple):
 
 def generate(pipe: DiffusionPipeline, wish: Wish, seed: int, caption: str | None = None, **given: object) -> Clip:
     output = pipe(wish.prompt, generator=torch.Generator().manual_seed(seed), **given)
-    return Clip(output.frames[0], output.audio[0], caption or f"“{wish.line}”, {wish.voice} voice\n{wish.look}")
+    return Clip(output.frames[0], output.audio[0], caption or f"“{wish.line}”, {wish.language}\n{wish.look}")
 
 
 def make_prompted(pipe: DiffusionPipeline) -> list[Clip]:
@@ -63,12 +69,12 @@ def make_given(pipe: DiffusionPipeline, clips: list[Clip]) -> list[Clip]:
     """The first face with other lines, then the second voice in other faces."""
     face, voice = clips[0].frames[0], (clips[1].audio, pipe.audio_sampling_rate)
     says = [
-        generate(pipe, Wish(WISHES[0].look, "high", line), 7, f"the first frame given,\n“{line}”", image=face)
-        for line in ("mu mu mi", "ma mo ma mo", "mi ma mu mo")
+        generate(pipe, wish, 7, f"the first frame given,\n“{wish.line}”, {wish.language}", image=face)
+        for wish in (WISHES[0]._replace(language=each.language, line=each.line) for each in WISHES[1:4])
     ]
     lips = [
         generate(pipe, wish, 7, f"the voice given\n{wish.look}", audio=voice)
-        for wish in (Wish(each.look, "deep", WISHES[1].line) for each in WISHES[2:5])
+        for wish in (WISHES[1]._replace(look=each.look) for each in WISHES[2:5])
     ]
     return says + lips
 

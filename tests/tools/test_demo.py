@@ -227,7 +227,7 @@ def test_a_page_that_is_left_cancels(studio, tmp_path):
             {},
             "No setting makes 64x32, 9 frames, fit into .* GiB: .* for distilled. A smaller or shorter",
         ),
-        ({"size": "60 x 64"}, "`width`=60 must be a multiple of 32"),
+        ({"size": "60 x 64"}, "`width`=60 must be a multiple of 16"),
         ({"image": "bad.png"}, "^`image` is 'bad.png', which cannot be read"),
         ({"audio": "long.wav", "seconds": ""}, "^`audio` lasts more than 120 seconds; `seconds` may cut it"),
         ({"audio": "bad.wav"}, "^`audio` is 'bad.wav', which holds no readable audio$"),
@@ -365,7 +365,7 @@ def test_a_user_makes_clips_in_a_browser(browser, address, files):
     page, other = (open_page(browser, address, width, asked) for width in (1280, 360))
     status = page.locator("#status")
 
-    other.get_by_text("only five syllables").wait_for()
+    other.get_by_text("nine words of each of seven").wait_for()
     page.get_by_label("Description").fill("A speaker with pale skin and short red hair, in a blue shirt.")
     page.get_by_label("Steps").fill("24")
     page.get_by_label("Description").focus()

@@ -51,15 +51,15 @@ SECONDS = partial(read_number, float, 1 / FRAME_RATE, MAX_SECONDS)
 UNPLANNED_PIXELS = 256 * 448 * 126
 EXAMPLES = {  # name: description, dialogue; what the tiny models know
     "Example: deep voice": (
-        "A speaker with tan skin and long black hair, in a green shirt, against a blue backdrop.",
-        "The speaker in a deep voice, syllables: ma mi mo mu",
+        "A man with brown skin, curly black hair and a beard, in a green jumper, in front of a blue wall.",
+        "The man in a deep voice, English: hello, one, two",
     ),
     "Example: high voice": (
-        "A speaker with pale skin and short red hair, in a blue shirt, against a yellow backdrop.",
-        "The speaker in a high voice, syllables: mi ma mu",
+        "A woman with pale skin, long red hair and glasses, in a blue top, in front of a yellow wall.",
+        "The woman in a high voice, French: bonjour, merci",
     ),
 }
-KNOWN = "The tiny models say only five syllables: ma, me, mi, mo, mu."
+KNOWN = "The tiny models know nine words of each of seven languages, such as hello, merci, danke and 谢谢."
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # no request to anybody else
 CSS = """
 .gradio-container { max-width: 1320px !important; width: 100%; margin: 0 auto !important }

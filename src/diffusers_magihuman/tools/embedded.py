@@ -17,11 +17,12 @@ TINY_UPSCALE_NAMES = {"tiny": "upscale"}
 
 def embedded_model(name: str = "distilled") -> str:
     """
-    Path of a tiny model of drawn talking heads, which needs no download and no GPU.
+    Path of a tiny model of drawn people who speak, which needs no download and no GPU.
 
-    Three Diffusers directories for `DiffusionPipeline.from_pretrained`. They make 49 frames of 128x128 pixels, or
-    256x256 with `"upscale"`, of a head that says the syllables ma, me, mi, mo and mu. The model card beside them tells
-    what a prompt may ask for and how well it is followed; the recipes that made them are `examples/nano`.
+    Three Diffusers directories for `DiffusionPipeline.from_pretrained`. Unless asked for other sizes and lengths, they
+    make 49 frames of 128x128 pixels, or 256x256 with `"upscale"`, of a person who knows nine words of each of seven
+    languages. The model card beside them tells what a prompt may ask for and how well it is followed; the recipes that
+    made them are `examples/nano`.
 
     Args:
         name (`str`, defaults to `"distilled"`):

@@ -91,8 +91,8 @@ def run_generate(arguments: Namespace) -> None:
         arguments.num_frames = frames_in(arguments.seconds)
     if arguments.model is None:
         arguments.model = embedded_model()
-        note = "magihuman: no --model is given, so the package's tiny one draws heads that say ma, me, mi, mo and mu"
-        print(note, file=sys.stderr)
+        note = "no --model is given, so the package's tiny one draws people who say a few words of seven languages"
+        print(f"magihuman: {note}", file=sys.stderr)
     if note := describe_line(arguments.model, arguments.prompt):
         print(f"magihuman: {note}", file=sys.stderr)
     base = load_index(arguments.model, [MagiHumanAudioVideoPipeline], "--model")
