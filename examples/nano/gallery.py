@@ -36,17 +36,22 @@ class Wish(NamedTuple):
 
 
 WISHES = (
-    Wish("A woman with long red hair, in a green shirt", "high", "English", "hello, thank you"),
-    Wish("A bearded man with dark skin and short black hair, in a yellow jumper", "deep", "French", "bonjour, merci"),
-    Wish("A lady with pale skin and a white bob, in a blue top", "medium", "Mandarin", "ni hao, xie xie"),
-    Wish("A bald man with tan skin and glasses, in a purple shirt", "deep", "German", "eins, zwei, drei"),
-    Wish("A person with brown skin and curly brown hair, in a red shirt", "high", "Japanese", "hai, arigato"),
     Wish(
-        "A woman with blond hair in a bun, in a grey sweater, against a pink wall",
+        "A woman with tan skin and long red hair, in a green shirt, before a blue wall",
         "high",
-        "Korean",
-        "annyeong, hana, dul",
+        "English",
+        "hello, one",
     ),
+    Wish(
+        "A man with dark skin and short black hair, in a yellow jumper, before a green wall",
+        "deep",
+        "French",
+        "bonjour",
+    ),
+    Wish("A lady with pale skin and a white bob, in a blue top, before a yellow wall", "medium", "Mandarin", "ni hao"),
+    Wish("A bald man with glasses, in a purple shirt, before a grey wall", "deep", "German", "eins, zwei"),
+    Wish("A person with curly brown hair, in a red shirt, before a purple wall", "high", "Japanese", "hai, arigato"),
+    Wish("A woman with long blond hair, in a grey sweater, before a pink wall", "high", "Korean", "annyeong, hana"),
 )
 
 
