@@ -373,22 +373,34 @@ def quiet() -> Iterator[Callable[[], None]]:
         yield silence_libraries
 
 
+@contextmanager
+def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Has a handler for signals that end the command, but for those that are ignored."""
+    handlers = {}
+    try:
+        for number in SIGNALS:
+            with suppress(ValueError):  # in another thread than the first
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not set by Python, nor restored
+                    handlers[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, earlier in handlers.items():
+            signal.signal(number, earlier)
+
+
 def run_command(program: str, run: Callable[[], int | None], debug: bool = False) -> int:
     """Returns the status of what it runs, or, with a line on standard error, 2 for whatever is wrong, 130 after
     Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, which let it remove what is unfinished. `debug` prints where an error
     comes from."""
-    received, handlers = [], {}
+    received = []
 
     def interrupt(number: int, _: Any) -> NoReturn:
         received.append(number)  # libraries make other errors of what this raises
         raise KeyboardInterrupt
 
-    for number in SIGNALS:
-        with suppress(ValueError):  # in another thread than the first
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not set by Python, nor restored by it
-                handlers[number] = signal.signal(number, interrupt)
     try:
-        return run() or 0
+        with signals_handled(interrupt):
+            return run() or 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
@@ -397,9 +409,6 @@ def run_command(program: str, run: Callable[[], int | None], debug: bool = False
             return 128 + (received or [signal.SIGINT])[0]
         print(f"{program}: error: {describe(error)}", file=sys.stderr)
         return 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def import_heavy(name: str) -> ModuleType:
@@ -410,16 +419,16 @@ def import_heavy(name: str) -> ModuleType:
     # Threads that wait for work would spin, for several times the time of the tiny model where the machine is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # What a signal raises in PyTorch's C++ code ends the process without a word, so signals wait for the import's end.
-    set_blocked = getattr(signal, "pthread_sigmask", None)  # Windows has none
-    before = set_blocked and set_blocked(signal.SIG_BLOCK, SIGNALS)
+    waiting = []
     gc.disable()  # what is imported stays, so looking for garbage in it is in vain, now and later
     try:
-        return import_module(name)
+        with signals_handled(lambda number, _: waiting.append(number)):
+            return import_module(name)
     finally:
         gc.freeze()
         gc.enable()
-        if set_blocked:
-            set_blocked(signal.SIG_SETMASK, before)
+        for number in waiting[:1]:
+            signal.raise_signal(number)
 
 
 def main(argv: list[str] | None = None) -> int:
