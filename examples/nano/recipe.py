@@ -167,15 +167,15 @@ class Run:
         state, new, old = (self.output / name for name in ("state", "state.new", "state.old"))
         self.accelerator.save_state(new)
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        lines = len(self.log.read_text().splitlines()) if self.log.exists() else 0
-        progress = {"step": self.step, "seconds": self.seconds, "sums": self.sums, "lines": lines}
-        (new / "progress.json").write_text(json.dumps(progress))
-        if state.exists():
-            state.replace(old)
-        new.replace(state)
-        shutil.rmtree(old, ignore_errors=True)
+        if self.accelerator.is_main_process:
+            lines = len(self.log.read_text().splitlines()) if self.log.exists() else 0
+            progress = {"step": self.step, "seconds": self.seconds, "sums": self.sums, "lines": lines}
+            (new / "progress.json").write_text(json.dumps(progress))
+            if state.exists():
+                state.replace(old)
+            new.replace(state)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def unwrap(self, name: str) -> nn.Module:
         """The trained model itself, ready to be saved or used."""

@@ -2,9 +2,12 @@
 """The recipes of the embedded models: each takes a step, and if asked learns in ten, as if it had never stopped."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import assemble
 import cache_latents
@@ -12,6 +15,7 @@ import make_dataset
 import numpy as np
 import PIL.Image
 import pytest
+import recipe
 import torch
 import train_audio_vae
 import train_distilled
@@ -204,11 +208,11 @@ def test_caches_hold_latents_and_scenes_of_clips(one_step, monkeypatch):
     with pytest.raises(OSError, match=r"latents\.npy"):
         cache_latents.load_cache(folder)
 
-    # First frames alone are those of the whole clips, and so are the sounds.
+    # The first frames alone are those of the whole clips, and so are the sounds.
     options = f"--turbo-vae runs/turbo_vae --first 5 --size 96 64 --frames {FRAMES} --clips {NUM_CLIPS}"
-    run(cache_latents, f"{options} --drawn 1 --output cache/drawn", monkeypatch)
+    run(cache_latents, f"{options} --drawn 5 --output cache/drawn", monkeypatch)
     drawn = cache_latents.load_cache(folder / "cache" / "drawn")
-    assert drawn.latents.shape[2] == 1 and np.abs(drawn.latents - cache.latents[:, :, :1]).max() < 0.01
+    assert drawn.latents.shape[2] == 2 and np.abs(drawn.latents - cache.latents[:, :, :2]).max() < 0.01
     assert drawn.scenes == cache.scenes and np.array_equal(drawn.audio_latents, cache.audio_latents)
 
 
@@ -269,12 +273,34 @@ def test_the_base_learns_most_of_eyes_and_mouths_and_of_given_sounds(one_step, m
     assert shown.eyes.max() > 0 and min(np.abs(seen[0][0, 0].numpy() - each).max() for each in expected) < 1e-5
 
     cache = cache_latents.load_cache(folder / "cache" / "64x64")
-    first = cache._replace(
-        **{name: getattr(cache, name)[:, :1] for name in ("eyes", "mouths")}, latents=cache.latents[:, :, :1]
+    short = cache._replace(
+        **{name: getattr(cache, name)[:, :2] for name in ("eyes", "mouths")}, latents=cache.latents[:, :, :2]
     )
-    for of, share in ((cache, 0.5), (first, 0.25)):
+    for of, share in ((cache, 0.5), (short, 0.25)):
         given = train_transformer.draw_batch([of], np.random.default_rng(0), 60, torch.device("cpu")).has_audio
         assert abs(given.float().mean() - share) < 0.1
+
+
+def test_the_base_learns_looks_from_pure_noise_in_short_clips(one_step, monkeypatch):
+    folder, seen = one_step.run("base", monkeypatch), []
+    learn = train_transformer.flow_matching_loss
+
+    def watch(*given, latent_weights, **options):
+        seen.append((given[5], latent_weights))
+        return learn(*given, latent_weights=latent_weights, **options)
+
+    monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
+    clips = f"--turbo-vae runs/turbo_vae --size 64 64 --frames {FRAMES} --clips 1"
+    for name, drawn in (("whole", FRAMES), ("short", 5)):
+        run(cache_latents, f"{clips} --drawn {drawn} --output cache/one/{name}", monkeypatch)
+        options = f"{TEXT_AND_VAE} --data cache/one/{name} --batch-size 4 --motion-weight 0 --pure-noise 0"
+        run(train_transformer, f"{options} --output runs/one_{name} --steps 1", monkeypatch)
+    (levels, weights), (short_levels, short_weights) = seen
+    assert (levels < 1).all() and (short_levels == 1).float().mean() == 0.5
+    # Weights of the first two frames above that of a wall, 1.
+    whole = cache_latents.load_cache(folder / "cache" / "one" / "whole")
+    assert weights.max() > 2 and whole.latents.shape[2] > train_transformer.SHORT
+    assert torch.allclose(short_weights[0] - 1, 0.25 * (weights[0, :, :2] - 1), atol=1e-3)
 
 
 def test_prompts_often_say_something_else_than_what_is_given():
@@ -369,7 +395,7 @@ def test_recipe_learns_and_resumes(name, ten_steps, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["text_encoder", "audio_vae", "turbo_vae", "video_vae", "base", "distilled"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_goes_on_from_an_earlier_run(name, ten_steps, monkeypatch):
     folder = ten_steps.run(name, monkeypatch)
     train(name, f"continued/{name}", f"--start-from runs/{name} --steps 1 --learning-rate 1e-9", monkeypatch)
@@ -377,6 +403,35 @@ def test_goes_on_from_an_earlier_run(name, ten_steps, monkeypatch):
     before, after = load_file(folder / "runs" / name / file), load_file(folder / "continued" / name / file)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-7) for key in before)
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_save_without_meeting(tmp_path):
+    script = """
+import os, pathlib, time
+import torch
+from recipe import Run, make_parser
+
+def replace(path, target):
+    time.sleep(0.3)  # as on a slow disk
+    os.replace(path, target)
+
+pathlib.Path.replace = replace
+run = Run(make_parser("", 2, 1, 1e-3).parse_args(), {"linear": torch.nn.Linear(4, 4)})
+for _ in run.steps():
+    run.update("linear", run.models["linear"](torch.ones(1, 4)).square().mean())
+"""
+    (tmp_path / "train.py").write_text(script)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py --output runs/linear --save-every 1"
+    recipes = Path(recipe.__file__).parent
+    environment = os.environ | {"PYTHONPATH": str(recipes), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    state = tmp_path / "runs/linear/state"
+    assert json.loads((state / "progress.json").read_text())["step"] == 2
+    assert len([*state.glob("random_states_*.pkl")]) == 2
 
 
 def test_no_dataset_is_an_error(tmp_path):
