@@ -26,6 +26,7 @@ from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowSchedu
 from diffusers_magihuman.training import flow_matching_loss, sample_noise_levels
 
 USUAL_TOKENS = 13 * 8 * 8 + 49 + TEXT_TOKENS  # of a clip of 128 x 128 pixels and 49 frames
+SHORT = 2  # latent frames, of clips of which little is drawn
 
 
 def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
@@ -84,7 +85,7 @@ def draw_batch(caches: list[Cache], rng: np.random.Generator, batch_size: int, d
     clips = rng.integers(len(cache.scenes), size=count)
     has_frame = rng.random(count) < 0.25
     # It takes a given sound to learn what mouths have to do with it; first frames do not tell.
-    has_audio = rng.random(count) < (0.25 if cache.latents.shape[2] == 1 else 0.5)
+    has_audio = rng.random(count) < (0.25 if cache.latents.shape[2] <= SHORT else 0.5)
     seconds = cache.audio_latents.shape[1] / FRAME_RATE
     prompts = [
         describe(rng, cache.scenes[clip], *given, seconds)
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
-    parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--audio-weight", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--eye-weight", type=float, default=6.0, help="default: %(default)s")
     parser.add_argument("--mouth-weight", type=float, default=16.0, help="default: %(default)s")
@@ -150,14 +151,18 @@ def main() -> None:
         # Whole batches, as the negative prompt is long and would stretch every batch that it is in.
         if rng.random() < arguments.text_dropout:
             embeds, mask = texts.embed_negative(count)
+        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with. Short clips are
+        # there to teach it: they show more looks for the same tokens, and no lips outweigh a beard. They have two
+        # latent frames, as the first is encoded in another way than those that follow.
+        pure_noise, details = (0.5, 0.25) if batch.latents.shape[2] <= SHORT else (arguments.pure_noise, 1.0)
         noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
-        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with.
-        noise_levels[: round(arguments.pure_noise * count)] = 1.0
+        noise_levels[: round(pure_noise * count)] = 1.0
         # What moves counts for more, eyes do, and mouths most: walls and shirts are easily learned, but what a voice
         # says of a mouth is a hundredth of all that a video holds, and whether an iris keeps its colour hardly more.
         motion = batch.latents.diff(dim=2, append=batch.latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
         weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
-        weights *= 1 + (arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths)[:, None]
+        faces = arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths
+        weights *= 1 + details * faces[:, None]
         loss = flow_matching_loss(
             run.models["transformer"],
             batch.latents,

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--high", type=Path, nargs="+", required=True, help="those of the same clips in larger frames")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
+    parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
     parser.add_argument("--noise-level", type=int, default=220, help="of the resized latents, default: %(default)s")
     parser.add_argument("--text-dropout", type=float, default=0.1, help="part of the batches, default: %(default)s")
     arguments = parser.parse_args()
@@ -67,8 +68,10 @@ def main() -> None:
     if [cache.scenes for cache in lows] != [cache.scenes for cache in highs]:
         raise ValueError("`--low` and `--high` must hold the same clips in the same order.")
     torch.manual_seed(arguments.seed)
-    models = {"transformer": make_transformer(highs[0].latents.shape[1], highs[0].audio_latents.shape[2])}
-    run = Run(arguments, models)
+    transformer = make_transformer(highs[0].latents.shape[1], highs[0].audio_latents.shape[2])
+    if arguments.start_from is not None:
+        transformer = MagiHumanTransformer3DModel.from_pretrained(arguments.start_from / "transformer")
+    run = Run(arguments, {"transformer": transformer})
     texts = Texts(arguments.text, run.device)
     vae = AutoencoderKLMagiHumanTurbo.from_pretrained(arguments.turbo_vae / "vae").to(run.device)
     transformer = run.unwrap("transformer").train()
