@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
-    parser.add_argument("--audio-weight", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--eye-weight", type=float, default=6.0, help="default: %(default)s")
     parser.add_argument("--mouth-weight", type=float, default=16.0, help="default: %(default)s")
