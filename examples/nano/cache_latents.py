@@ -7,10 +7,10 @@ Latents of sound are those that the sound autoencoder learns to compute, `Speech
         --output cache/128x128x49/0
     python examples/nano/cache_latents.py --first 1000 ... --output cache/128x128x49/1000   # at the same time
 
-With `--drawn 5` a clip takes a third of the time and, in training, a sixth of the tokens of its video: two latent
-frames and its whole sound say what a prompt means, and only how a face moves has to be learned from whole clips. Its
-first frame alone would not do: the autoencoder encodes that one by itself and all others by four, and what a beard is
-in the one says little of what it is in the others.
+With `--drawn 5` a clip takes a sixth of the time and, in training, of the tokens of its video: two latent frames and
+its whole sound say what a prompt means, and only how a face moves has to be learned from whole clips. Its first frame
+alone would not do: the autoencoder encodes that one by itself and all others by four, and what a beard is in the one
+says little of what it is in the others.
 
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
 (clips x length x channels), `eyes.npy` and `mouths.npy` (clips x latent frames x latent height x latent width), which

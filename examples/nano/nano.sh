@@ -52,7 +52,7 @@ lane() { # draws and encodes each second part
     for number in "${!shapes[@]}"; do
         read -r width height frames parts drawn <<<"${shapes[number]}"
         # The upscaler needs the same clips in two sizes; all other shapes have clips of their own.
-        first=$((width == height && frames == 25 && drawn != 5 ? 0 : (number + 1) * 100000))
+        first=$((width == height && frames == 25 && !drawn ? 0 : (number + 1) * 100000))
         for ((part = $1; part < $(per_hour "$parts"); part += 2)); do
             folder=cache/${width}x${height}x$frames${drawn:+-$drawn}/$part
             [ -d "$folder" ] || python "$recipes/cache_latents.py" --output "$folder" --size "$width" "$height" \
@@ -69,7 +69,7 @@ both even odd
 text_and_vae=(--text runs/text_encoder --turbo-vae runs/turbo_vae)
 small=(cache/{1[26]*,96}x*x*[0-9][0-9]/*)
 generation() {
-    recipe base train_transformer 600 --decay 0.85 --data "${small[@]}" cache/*-5/* "${text_and_vae[@]}" "${long[@]}"
+    recipe base train_transformer 600 --decay 0.85 --data "${small[@]}" cache/*-*/* "${text_and_vae[@]}" "${long[@]}"
     recipe distilled train_distilled 20 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" --save-every 20
 }
 decoding() {

@@ -175,7 +175,7 @@ class Run:
                 state.replace(old)
             new.replace(state)
             shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # else the next state begins in the folder that is moved
 
     def unwrap(self, name: str) -> nn.Module:
         """The trained model itself, ready to be saved or used."""

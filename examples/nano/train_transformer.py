@@ -152,8 +152,8 @@ def main() -> None:
         if rng.random() < arguments.text_dropout:
             embeds, mask = texts.embed_negative(count)
         # Of pure noise the prompt alone says what it becomes, which is what sampling begins with. Short clips are
-        # there to teach it: they show more looks for the same tokens, and no lips outweigh a beard. They have two
-        # latent frames, as the first is encoded in another way than those that follow.
+        # there to teach it: they show more looks for the same tokens, and eyes and lips outweigh a beard by less. They
+        # have two latent frames, as the first is encoded in another way than those that follow.
         pure_noise, details = (0.5, 0.25) if batch.latents.shape[2] <= SHORT else (arguments.pure_noise, 1.0)
         noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
         noise_levels[: round(pure_noise * count)] = 1.0

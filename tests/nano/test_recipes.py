@@ -15,7 +15,6 @@ import make_dataset
 import numpy as np
 import PIL.Image
 import pytest
-import recipe
 import torch
 import train_audio_vae
 import train_distilled
@@ -423,7 +422,7 @@ for _ in run.steps():
 """
     (tmp_path / "train.py").write_text(script)
     command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py --output runs/linear --save-every 1"
-    recipes = Path(recipe.__file__).parent
+    recipes = Path(assemble.__file__).parent
     environment = os.environ | {"PYTHONPATH": str(recipes), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
