@@ -51,7 +51,7 @@ SECONDS = partial(read_number, float, 1 / FRAME_RATE, MAX_SECONDS)
 UNPLANNED_PIXELS = 256 * 448 * 126
 EXAMPLES = {  # name: description, dialogue; what the tiny models know
     "Example: deep voice": (
-        "A man with brown skin, curly black hair and a beard, in a green jumper, in front of a blue wall.",
+        "A man with brown skin, short black hair and no glasses, in a green jumper, in front of a blue wall.",
         "The man in a deep voice, English: hello, one, two",
     ),
     "Example: high voice": (
