@@ -227,6 +227,8 @@ def read(
         for name, value in right.items():
             meter.add(name, value)
             meter.add("looks", value)
+            if getattr(scene, name) is True:  # glasses and beards, which most do not have
+                meter.add(f"{name}_if_asked", value)
         meter.add("all_looks", all(right.values()))
         meter.add("eyes_shut", 1 - seen.is_open.mean())
         if not scene.glasses:

@@ -173,6 +173,8 @@ def test_reads_what_is_right_and_what_is_wrong():
     others = wishes[1:] + wishes[:1]
     wrong = read(Oracle(wishes), others, clips(wishes))
     assert wrong["worst_look"] < 0.5 and wrong["all_looks"] == 0
+    asked_and_seen = [(asked.scene.glasses, seen.scene.glasses) for asked, seen in zip(others, wishes, strict=True)]
+    assert wrong["glasses_if_asked"] == np.mean([seen for asked, seen in asked_and_seen if asked]) < 1
     said = [heard(wish.scene.words) for wish in wishes]
     errors = sum(map(edit_distance, said, said[1:] + said[:1]))
     assert wrong["words_wrong"] == errors / sum(map(len, said)) > 0.5
