@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from cache_latents import Cache, choose_cache, load_cache, read_clips
 from clips import make_scene
+from means import Means
 from prompts import Scene, leave_out, make_prompt
 from recipe import Run, make_parser, save_sheet, to_frames
 from train_text_encoder import HIDDEN_SIZE, TEXT_TOKENS, Texts
@@ -52,21 +53,22 @@ def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
 
 
 class Batch(NamedTuple):
-    """Latents of video and sound, where eyes and mouths are, prompts, and whose first frame and whose sound are given,
-    bool `(batch_size,)`."""
+    """Latents of video and sound, where eyes and mouths are, what prompts say and the prompts, and whose first frame
+    and whose sound are given, bool `(batch_size,)`."""
 
     latents: torch.Tensor
     audio_latents: torch.Tensor
     eyes: torch.Tensor
     mouths: torch.Tensor
+    said: list[Scene]
     prompts: list[str]
     has_frame: torch.Tensor
     has_audio: torch.Tensor
 
 
-def describe(rng: np.random.Generator, scene: Scene, has_frame: bool, has_audio: bool, seconds: float) -> str:
+def choose_said(rng: np.random.Generator, scene: Scene, has_frame: bool, has_audio: bool, seconds: float) -> Scene:
     """
-    A prompt of a scene, which may leave things out.
+    What a prompt says of a scene, which may leave things out.
 
     Where a first frame is given, half of the prompts say something else of what is seen. Where a sound is given, half
     have no line and a quarter another line. So the model learns to follow what it sees and hears, whatever it reads.
@@ -75,7 +77,7 @@ def describe(rng: np.random.Generator, scene: Scene, has_frame: bool, has_audio:
     seen = other if has_frame and rng.random() < 0.5 else scene
     silent = replace(scene, words=())
     heard = (silent, silent, other, scene)[rng.integers(4)] if has_audio else scene
-    return make_prompt(rng, leave_out(rng, replace(seen, voice=heard.voice, words=heard.words)))
+    return leave_out(rng, replace(seen, voice=heard.voice, words=heard.words))
 
 
 def draw_batch(caches: list[Cache], rng: np.random.Generator, batch_size: int, device: torch.device) -> Batch:
@@ -87,12 +89,13 @@ def draw_batch(caches: list[Cache], rng: np.random.Generator, batch_size: int, d
     # It takes a given sound to learn what mouths have to do with it; first frames do not tell.
     has_audio = rng.random(count) < (0.25 if cache.latents.shape[2] <= SHORT else 0.5)
     seconds = cache.audio_latents.shape[1] / FRAME_RATE
-    prompts = [
-        describe(rng, cache.scenes[clip], *given, seconds)
+    said = [
+        choose_said(rng, cache.scenes[clip], *given, seconds)
         for clip, *given in zip(clips, has_frame, has_audio, strict=True)
     ]
+    prompts = [make_prompt(rng, scene) for scene in said]
     given = (torch.from_numpy(has).to(device) for has in (has_frame, has_audio))
-    return Batch(*read_clips(cache, clips, device), prompts, *given)
+    return Batch(*read_clips(cache, clips, device), said, prompts, *given)
 
 
 @torch.no_grad()
@@ -127,12 +130,14 @@ def main() -> None:
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--eye-weight", type=float, default=6.0, help="default: %(default)s")
     parser.add_argument("--mouth-weight", type=float, default=16.0, help="default: %(default)s")
-    parser.add_argument("--text-dropout", type=float, default=0.1, help="part of the batches, default: %(default)s")
-    parser.add_argument("--pure-noise", type=float, default=0.25, help="part of each batch, default: %(default)s")
+    parser.add_argument("--text-dropout", type=float, default=0.05, help="part of the batches, default: %(default)s")
+    parser.add_argument("--pure-noise", type=float, default=0.5, help="part of the batches, default: %(default)s")
+    parser.add_argument("--mean-weight", type=float, default=8.0, help="in pure noise, default: %(default)s")
     arguments = parser.parse_args()
 
     # 1. Data and model
     caches = [load_cache(folder) for folder in arguments.data]
+    means = Means(caches)
     torch.manual_seed(arguments.seed)
     transformer = make_transformer(caches[0])
     if arguments.start_from is not None:
@@ -149,31 +154,39 @@ def main() -> None:
         count = len(batch.prompts)
         embeds, mask = texts.embed(batch.prompts)
         # Whole batches, as the negative prompt is long and would stretch every batch that it is in.
-        if rng.random() < arguments.text_dropout:
+        is_dropped = rng.random() < arguments.text_dropout
+        if is_dropped:
             embeds, mask = texts.embed_negative(count)
-        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with. Short clips are
-        # there to teach it: they show more looks for the same tokens, and eyes and lips outweigh a beard by less. They
-        # have two latent frames, as the first is encoded in another way than those that follow.
-        pure_noise, details = (0.5, 0.25) if batch.latents.shape[2] <= SHORT else (arguments.pure_noise, 1.0)
         noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
-        noise_levels[: round(pure_noise * count)] = 1.0
+        noise_levels[: round(0.1 * count)] = 1.0
         # What moves counts for more, eyes do, and mouths most: walls and shirts are easily learned, but what a voice
         # says of a mouth is a hundredth of all that a video holds, and whether an iris keeps its colour hardly more.
+        # Not so in short clips, whose only motion is that their two frames are encoded in different ways.
         motion = batch.latents.diff(dim=2, append=batch.latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
         weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
-        faces = arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths
-        weights *= 1 + details * faces[:, None]
+        weights *= 1 + (arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths)[:, None]
+        latents, has_frame = batch.latents, batch.has_frame.float()
+        options = {"latent_weights": None if latents.shape[2] <= SHORT else weights}
+        options["audio_weight"] = arguments.audio_weight
+        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with. All but the lips is
+        # the mean of what fits the prompt then, and as that has little noise of its own, it may count for much.
+        if rng.random() < arguments.pure_noise and not is_dropped:
+            mean = means.find(batch.said, latents)
+            if mean is not None:
+                mouths = batch.mouths[:, None]
+                latents, has_frame, noise_levels = mean.lerp(latents, mouths), 0.0, torch.ones_like(noise_levels)
+                weights = 1 - 0.7 * mouths
+                options = {"latent_weights": weights, "video_weight": arguments.mean_weight, "audio_weight": 0.1}
         loss = flow_matching_loss(
             run.models["transformer"],
-            batch.latents,
+            latents,
             batch.audio_latents,
             embeds,
             mask,
             noise_levels,
-            audio_weight=arguments.audio_weight,
-            image_probability=batch.has_frame.float(),
+            image_probability=has_frame,
             audio_probability=batch.has_audio.float(),
-            latent_weights=weights,
+            **options,
         )
         run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)
         if (run.step + 1) % arguments.save_every == 0:

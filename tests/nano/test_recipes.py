@@ -26,7 +26,9 @@ import train_video_vae
 from accelerate.state import AcceleratorState
 from clips import make_clip, make_scene
 from diffusers import DiffusionPipeline
-from prompts import Scene
+from means import Means
+from people import HAIR_COLOUR, SHIRT
+from prompts import Scene, make_prompt
 from recipe import Run, make_parser, to_tensor
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
@@ -280,26 +282,53 @@ def test_the_base_learns_most_of_eyes_and_mouths_and_of_given_sounds(one_step, m
         assert abs(given.float().mean() - share) < 0.1
 
 
-def test_the_base_learns_looks_from_pure_noise_in_short_clips(one_step, monkeypatch):
-    folder, seen = one_step.run("base", monkeypatch), []
-    learn = train_transformer.flow_matching_loss
+def test_means_are_of_all_clips_that_fit_what_is_said():
+    rng = np.random.default_rng(0)
+    scenes = [make_scene(rng, 2) for _ in range(1000)]
 
-    def watch(*given, latent_weights, **options):
-        seen.append((given[5], latent_weights))
-        return learn(*given, latent_weights=latent_weights, **options)
+    def picture(scene):
+        """A shirt in one place, and hair in another whose colour nobody sees without."""
+        hair = 0 if scene.hair_style == "bald" else list(HAIR_COLOUR).index(scene.hair_colour) + 3 * scene.glasses
+        return np.array([list(SHIRT).index(scene.shirt), hair], float).reshape(1, 1, 2)
+
+    pictures = np.stack([picture(scene) for scene in scenes])
+    latents = np.stack([pictures, 2 * pictures, 4 * pictures - 1, 4 * pictures + 1], axis=2)  # of four moments
+    latents += rng.normal(size=latents.shape, scale=0.3)
+    cache = cache_latents.Cache(latents.astype(np.float16), None, None, None, scenes)
+    told, nothing = make_scene(rng, 2), Scene(*[None] * 8, words=())
+    few = cache._replace(latents=cache.latents[:200, ..., :1], scenes=scenes[:200])
+    found = Means([cache, few])
+    mean = found.find([told, nothing], torch.zeros(2, 1, 6, 1, 2)).numpy()
+    expected = np.stack([picture(told), pictures.mean(axis=0)])
+    for frame, factor in enumerate((1, 2, 4, 4, 4, 4)):
+        assert np.abs(mean[:, :, frame] - factor * expected).max() < 0.5
+    assert found.find([told], torch.zeros(1, 1, 6, 1, 1)) is None  # so few clips that they would be learned by heart
+    assert found.find([told], torch.zeros(1, 1, 6, 2, 2)) is None
+
+
+def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
+    one_step.run("base", monkeypatch)
+    learn, seen = train_transformer.flow_matching_loss, []
+
+    def watch(*given, **options):
+        seen.append((given[1], given[5], options))
+        return learn(*given, **options)
 
     monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
-    clips = f"--turbo-vae runs/turbo_vae --size 64 64 --frames {FRAMES} --clips 1"
+    clips = f"--turbo-vae runs/turbo_vae --size 64 64 --frames {FRAMES} --clips 2"
     for name, drawn in (("whole", FRAMES), ("short", 5)):
-        run(cache_latents, f"{clips} --drawn {drawn} --output cache/one/{name}", monkeypatch)
-        options = f"{TEXT_AND_VAE} --data cache/one/{name} --batch-size 4 --motion-weight 0 --pure-noise 0"
-        run(train_transformer, f"{options} --output runs/one_{name} --steps 1", monkeypatch)
-    (levels, weights), (short_levels, short_weights) = seen
-    assert (levels < 1).all() and (short_levels == 1).float().mean() == 0.5
-    # Weights of the first two frames above that of a wall, 1.
-    whole = cache_latents.load_cache(folder / "cache" / "one" / "whole")
-    assert weights.max() > 2 and whole.latents.shape[2] > train_transformer.SHORT
-    assert torch.allclose(short_weights[0] - 1, 0.25 * (weights[0, :, :2] - 1), atol=1e-3)
+        run(cache_latents, f"{clips} --drawn {drawn} --output cache/two/{name}", monkeypatch)
+        options = f"{TEXT_AND_VAE} --data cache/two/{name} --text-dropout 0 --pure-noise 1 --steps 1"
+        run(train_transformer, f"{options} --output runs/two_{name}", monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(Means, "find", lambda *given: torch.full_like(given[2], 7))
+            run(train_transformer, f"{options} --output runs/mean_{name}", monkeypatch)
+    for latents, levels, options in seen[1::2]:
+        is_wall = (options["latent_weights"] == 1).expand_as(latents)
+        assert (levels == 1).all() and options["image_probability"] == 0 and options["video_weight"] == 8
+        assert (latents[is_wall] == 7).all() and is_wall.float().mean() > 0.5 and (latents[~is_wall] != 7).all()
+    (_, levels, options), (_, _, short_options) = seen[::2]  # of too few clips for means
+    assert levels.min() < 1 and options["latent_weights"].max() > 2 and short_options["latent_weights"] is None
 
 
 def test_prompts_often_say_something_else_than_what_is_given():
@@ -307,7 +336,9 @@ def test_prompts_often_say_something_else_than_what_is_given():
 
     def count(pattern, has_frame=False, has_audio=False):
         rngs = [np.random.default_rng(seed) for seed in range(300)]
-        prompts = [train_transformer.describe(rng, scene, has_frame, has_audio, 2) for rng in rngs]
+        prompts = [
+            make_prompt(rng, train_transformer.choose_said(rng, scene, has_frame, has_audio, 2)) for rng in rngs
+        ]
         return np.mean([re.search(pattern, prompt, re.IGNORECASE) is not None for prompt in prompts])
 
     assert count("bonjour") == 1 and min(count("purple|violet", has_audio=given) for given in (False, True)) > 0.65
