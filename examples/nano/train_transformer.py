@@ -168,15 +168,13 @@ def main() -> None:
         latents, has_frame = batch.latents, batch.has_frame.float()
         options = {"latent_weights": None if latents.shape[2] <= SHORT else weights}
         options["audio_weight"] = arguments.audio_weight
-        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with. All but the lips is
-        # the mean of what fits the prompt then, and as that has little noise of its own, it may count for much.
+        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with: the mean of all that
+        # fits. It has little noise of its own, so it may count for much, and for most where beards are.
         if rng.random() < arguments.pure_noise and not is_dropped:
             mean = means.find(batch.said, latents)
             if mean is not None:
-                mouths = batch.mouths[:, None]
-                latents, has_frame, noise_levels = mean.lerp(latents, mouths), 0.0, torch.ones_like(noise_levels)
-                weights = 1 - 0.7 * mouths
-                options = {"latent_weights": weights, "video_weight": arguments.mean_weight, "audio_weight": 0.1}
+                latents, has_frame, noise_levels = mean, 0.0, torch.ones_like(noise_levels)
+                options = {"latent_weights": 1 + 2 * batch.mouths[:, None], "video_weight": arguments.mean_weight}
         loss = flow_matching_loss(
             run.models["transformer"],
             latents,
