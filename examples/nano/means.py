@@ -2,8 +2,8 @@
 """What the clips that fit a prompt look like on average, which is all that a transformer can say of pure noise.
 
 As its target there, one clip is this mean with a pose and a light that no prompt tells: thousands of clips have to be
-seen until those cancel, and what a beard adds is far less than they do. Least squares over all clips of a cache take
-a second, and leave a twentieth of that variance (stable targets, as in arXiv 2302.00670, but of what prompts say).
+seen until those cancel, and what a beard adds is far less than they do. Least squares over all clips take seconds, and
+leave less than a tenth of that variance (stable targets, as in arXiv 2302.00670, but of what prompts say).
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 from cache_latents import Cache
-from prompts import Scene
+from prompts import Scene, without_needless
 from recognise import LOOKS
 
 MIN_CLIPS = 10  # for each number of a fit
@@ -30,32 +30,34 @@ PAIRS = (  # looks that are drawn over one another
 
 def count_looks(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """Which value each look has, 1 in one column of `(scenes, values)`, and nan in all where nothing is said of it."""
-    said = {}
-    for name, table in LOOKS.items():
-        values = [getattr(scene, name) for scene in scenes]
-        if name == "hair_colour":
-            values = [None if scene.hair_style == "bald" else scene.hair_colour for scene in scenes]
-        said[name] = np.array([[np.nan if value is None else value == each for each in table] for value in values])
-    return said
+    said = [without_needless(scene) for scene in scenes]
+    values = {name: [getattr(scene, name) for scene in said] for name in LOOKS}
+    return {
+        name: np.array([[np.nan if value is None else value == each for each in table] for value in values[name]])
+        for name, table in LOOKS.items()
+    }
+
+
+def count_numbers(pairs: Sequence[tuple[str, str]]) -> int:
+    """How many numbers a fit has for each position."""
+    free = {name: len(table) - 1 for name, table in LOOKS.items()}
+    return 1 + sum(free.values()) + sum(free[first] * free[second] for first, second in pairs)
 
 
 class Fit:
     """
-    Least squares of pictures by looks, and by pairs of looks where there are clips enough.
+    Least squares of pictures by looks, and by pairs of looks.
 
     Args:
         scenes (`list[Scene]`): What the clips show.
         pictures (`np.ndarray` of shape `(len(scenes), channels, height, width)`): Latents of one moment of each.
+        pairs (`Sequence[tuple[str, str]]`): Of names of looks.
     """
 
-    def __init__(self, scenes: list[Scene], pictures: np.ndarray) -> None:
-        said = count_looks(scenes)
-        self.shares = {name: np.nanmean(values, axis=0) for name, values in said.items()}
-        self.pairs, self.shape = PAIRS, pictures.shape[1:]
-        if len(scenes) < MIN_CLIPS * self.encode(scenes).shape[1]:
-            self.pairs = ()
+    def __init__(self, scenes: list[Scene], pictures: np.ndarray, pairs: Sequence[tuple[str, str]]) -> None:
+        self.shares = {name: np.nanmean(values, axis=0) for name, values in count_looks(scenes).items()}
+        self.pairs, self.shape = pairs, pictures.shape[1:]
         numbers = self.encode(scenes)
-        self.is_known = len(scenes) >= MIN_CLIPS * numbers.shape[1]
         ridge = np.eye(numbers.shape[1])  # as if there were one more clip of each, which is no other than the mean
         ridge[0, 0] = 0
         flat = pictures.reshape(len(pictures), -1).astype(np.float64)
@@ -92,14 +94,16 @@ class Means:
                     moments[(*cache.latents.shape[3:], moment)].append((cache.scenes, pictures))
         self.fits = {}
         for key, parts in moments.items():
-            scenes, pictures = zip(*parts, strict=True)
-            self.fits[key] = Fit([*chain(*scenes)], np.concatenate(pictures))
+            scenes, pictures = [*chain(*(part[0] for part in parts))], np.concatenate([part[1] for part in parts])
+            for pairs in ((), PAIRS):
+                if len(scenes) >= MIN_CLIPS * count_numbers(pairs):
+                    self.fits[key] = Fit(scenes, pictures, pairs)
 
     def find(self, scenes: Sequence[Scene], latents: torch.Tensor) -> torch.Tensor | None:
         """Means in the shape of latents, on their device, or `None` where too few clips of that size are known."""
         num_frames, *size = latents.shape[2:]
         fits = [self.fits.get((*size, moment)) for moment in range(min(num_frames, 3))]
-        if any(fit is None or not fit.is_known for fit in fits):
+        if None in fits:
             return None
         moments = [torch.from_numpy(fit.mean(scenes)) for fit in fits]
         return torch.stack([moments[min(frame, 2)] for frame in range(num_frames)], dim=2).to(latents.device)

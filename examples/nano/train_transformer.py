@@ -166,8 +166,8 @@ def main() -> None:
         weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         weights *= 1 + (arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths)[:, None]
         latents, has_frame = batch.latents, batch.has_frame.float()
-        options = {"latent_weights": None if latents.shape[2] <= SHORT else weights}
-        options["audio_weight"] = arguments.audio_weight
+        is_short = latents.shape[2] <= SHORT
+        options = {"latent_weights": None if is_short else weights, "audio_weight": arguments.audio_weight}
         # Of pure noise the prompt alone says what it becomes, which is what sampling begins with: the mean of all that
         # fits. It has little noise of its own, so it may count for much, and for most where beards are.
         if rng.random() < arguments.pure_noise and not is_dropped:

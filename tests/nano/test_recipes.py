@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import assemble
@@ -26,7 +27,7 @@ import train_video_vae
 from accelerate.state import AcceleratorState
 from clips import make_clip, make_scene
 from diffusers import DiffusionPipeline
-from means import Means
+from means import Fit, Means
 from people import HAIR_COLOUR, SHIRT
 from prompts import Scene, make_prompt
 from recipe import Run, make_parser, to_tensor
@@ -304,6 +305,10 @@ def test_means_are_of_all_clips_that_fit_what_is_said():
         assert np.abs(mean[:, :, frame] - factor * expected).max() < 0.5
     assert found.find([told], torch.zeros(1, 1, 6, 1, 1)) is None  # so few clips that they would be learned by heart
     assert found.find([told], torch.zeros(1, 1, 6, 2, 2)) is None
+    # The colour of no hair says nothing of that of hair, even where pairs are not fitted.
+    colours = [0 if scene.hair_style == "bald" else 9 * list(HAIR_COLOUR).index(scene.hair_colour) for scene in scenes]
+    white = replace(told, hair_style="bob", hair_colour="white")
+    assert Fit(scenes, np.reshape(colours, (-1, 1, 1, 1)), ()).mean([white]).item() == pytest.approx(36, abs=1)
 
 
 def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
