@@ -126,7 +126,8 @@ def test_what_is_given_is_shown_clean_and_costs_nothing(part):
     levels = torch.tensor([0.5, 0.8])
 
     def run(probability):
-        return flow_matching_loss(model, *batch, levels, **{f"{part}_probability": probability}, generator=seeded())
+        options = {f"{part}_probability": probability, "audio_weight": 100.0, "generator": seeded()}
+        return flow_matching_loss(model, *batch, levels, **options)
 
     plain = run(0.0)
     assert not any(torch.equal(seen, clean) for seen, clean in zip(model.seen, batch, strict=False))

@@ -167,7 +167,8 @@ def flow_matching_loss(
 def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the values; weights broadcast to them, a mask is one of 0 and 1; 0 where all weights are."""
     weights = weights.expand_as(values).to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    total = weights.sum()
+    return (values * weights).sum() / torch.where(total > 0, total, 1)
 
 
 def upscale_loss(
