@@ -7,10 +7,9 @@ Latents of sound are those that the sound autoencoder learns to compute, `Speech
         --output cache/128x128x49/0
     python examples/nano/cache_latents.py --first 1000 ... --output cache/128x128x49/1000   # at the same time
 
-With `--drawn 5` a clip takes a sixth of the time and, in training, of the tokens of its video: two latent frames and
-its whole sound say what a prompt means, and only how a face moves has to be learned from whole clips. Its first frame
-alone would not do: the autoencoder encodes that one by itself and all others by four, and what a beard is in the one
-says little of what it is in the others.
+With `--drawn 9` a clip takes a quarter of the time. Three latent frames and its whole sound say what a prompt means,
+and only how a face moves has to be learned from whole clips. Fewer would not do: the autoencoder encodes the first
+frame by itself and all others by four, and what a beard is in the first two latent frames says little of the others.
 
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
 (clips x length x channels), `eyes.npy` and `mouths.npy` (clips x latent frames x latent height x latent width), which
@@ -50,9 +49,18 @@ class Cache(NamedTuple):
     scenes: list[Scene]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of the whole clips, of which `latents` may have the first frames alone."""
+        return (self.audio_latents.shape[1] - 1) // TEMPORAL + 1, *self.latents.shape[3:]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.latents.shape[2] == self.shape[0]
+
+    @property
     def num_tokens(self) -> int:
         """Of a transformer, for the video and the sound of a clip and its usual prompt."""
-        return int(np.prod(self.latents.shape[2:])) + self.audio_latents.shape[1] + TEXT_TOKENS
+        return int(np.prod(self.shape)) + self.audio_latents.shape[1] + TEXT_TOKENS
 
 
 def load_cache(folder: Path) -> Cache:

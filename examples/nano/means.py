@@ -4,10 +4,14 @@
 As its target there, one clip is this mean with a pose and a light that no prompt tells: thousands of clips have to be
 seen until those cancel, and what a beard adds is far less than they do. Least squares over all clips take seconds, and
 leave less than a tenth of that variance (stable targets, as in arXiv 2302.00670, but of what prompts say).
+
+The difference of two means is what a look adds, such as a beard to a shaven face. Few positions have it, so hardly any
+loss tells whether it is drawn; [`look_loss`] counts each look alike.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 from cache_latents import Cache
 from prompts import Scene, without_needless
 from recognise import LOOKS
+from torch import nn
 
 MIN_CLIPS = 10  # for each number of a fit
 PAIRS = (  # looks that are drawn over one another
@@ -99,11 +104,73 @@ class Means:
                 if len(scenes) >= MIN_CLIPS * count_numbers(pairs):
                     self.fits[key] = Fit(scenes, pictures, pairs)
 
-    def find(self, scenes: Sequence[Scene], latents: torch.Tensor) -> torch.Tensor | None:
-        """Means in the shape of latents, on their device, or `None` where too few clips of that size are known."""
-        num_frames, *size = latents.shape[2:]
-        fits = [self.fits.get((*size, moment)) for moment in range(min(num_frames, 3))]
-        if None in fits:
-            return None
-        moments = [torch.from_numpy(fit.mean(scenes)) for fit in fits]
-        return torch.stack([moments[min(frame, 2)] for frame in range(num_frames)], dim=2).to(latents.device)
+    def knows(self, shape: Sequence[int]) -> bool:
+        """Whether enough clips are known for videos of so many latent frames, and of such height and width."""
+        return all((*shape[1:], moment) in self.fits for moment in range(min(shape[0], 3)))
+
+    def find(self, scenes: Sequence[Scene], shape: Sequence[int]) -> torch.Tensor:
+        """Means `(len(scenes), channels, *shape)`; the shape must be known."""
+        moments = [self.fits[(*shape[1:], moment)].mean(scenes) for moment in range(min(shape[0], 3))]
+        return torch.from_numpy(np.stack([moments[min(frame, 2)] for frame in range(shape[0])], axis=2))
+
+    def find_added(self, scenes: Sequence[Scene], shape: Sequence[int], rng: np.random.Generator) -> torch.Tensor:
+        """What each look adds to one of its other values, drawn for each scene, `(len(scenes), looks, channels,
+        *shape)`; 0 where nothing is said of it."""
+        mean, added = self.find(scenes, shape), []
+        for name, table in LOOKS.items():
+            others = []
+            for scene in map(without_needless, scenes):
+                value = getattr(scene, name)
+                # Without hair none of its colours would be seen.
+                rest = [other for other in table if other not in (value, "bald")]
+                others.append(scene if value is None else replace(scene, **{name: rest[rng.integers(len(rest))]}))
+            added.append(mean - self.find(others, shape))
+        return torch.stack(added, dim=1)
+
+
+def look_loss(latents: torch.Tensor, target: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """How much of the looks of `target` latents lack or exaggerate: squares, summed over looks and 1 for each that is
+    missing, and their mean over the batch. `added` is from [`Means.find_added`]."""
+    # A look that adds next to nothing, such as a colour to short hair, would be all noise.
+    squares = added.square().sum(dim=(2, 3, 4, 5)) + 0.002 * added[0, 0].numel()
+    missing = ((target - latents).float()[:, None] * added).sum(dim=(2, 3, 4, 5)) / squares
+    return missing.square().clamp(max=25).sum(dim=1).mean()
+
+
+class Looks(nn.Module):
+    """
+    A transformer in training that is shown clips whose looks are too weak, as its own are while it samples, and the
+    [`look_loss`] of what it predicts.
+
+    What it predicts is still compared with the whole clip: its velocity is turned into that from what the caller
+    believes to have shown.
+
+    Args:
+        transformer (`nn.Module`): What is trained.
+        latents (`torch.Tensor` of shape `(batch_size, channels, latent_frames, height, width)`): Clean.
+        added (`torch.Tensor` of shape `(batch_size, looks, *latents.shape[1:])`): See [`Means.find_added`].
+        weakness (`torch.Tensor` of shape `(batch_size, looks)`): How much of each is not shown, 0 to 1.
+        noise_levels (`torch.Tensor` of shape `(batch_size,)`): Above 0 where anything is not shown.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        latents: torch.Tensor,
+        added: torch.Tensor,
+        weakness: torch.Tensor,
+        noise_levels: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.latents, self.added = transformer, latents, added
+        self.hidden = (weakness[:, :, None, None, None, None] * added).sum(dim=1)
+        self.levels = noise_levels[:, None, None, None, None]
+
+    def forward(
+        self, noisy: torch.Tensor, *inputs: torch.Tensor, **options: torch.Tensor | bool | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = (1 - self.levels) * self.hidden
+        velocity, audio_velocity = self.transformer(noisy - hidden, *inputs, **options)
+        velocity = velocity + hidden / self.levels.clamp(min=0.1)
+        self.loss = look_loss(noisy - self.levels * velocity, self.latents, self.added)
+        return velocity, audio_velocity

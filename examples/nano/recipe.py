@@ -136,9 +136,16 @@ class Run:
         return arguments.learning_rate * min((self.step + 1) / warmup, left, 1.0)
 
     def update(self, name: str, loss: torch.Tensor, **shown: torch.Tensor | float) -> None:
-        """Takes one step of the optimisers of a model, and adds its loss and `shown` to the log."""
+        """
+        Takes one step of the optimisers of a model, and adds its loss and `shown` to the log.
+
+        Raises:
+            `FloatingPointError`: The gradient is not finite. The last state stays as it is.
+        """
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.models[name].parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"in step {self.step} the gradient of {name} is not finite, its loss is {loss}")
         for optimizer in self.optimizers[name]:
             optimizer.step()
         self.models[name].zero_grad()

@@ -6,8 +6,9 @@
 
 The student generates in steps of the distilled scheduler and learns in one of them, drawn for each batch. Noise is
 added to what it made; the base, with guidance, and a third transformer, the critic, say where it came from. The critic
-is trained on what the student made, several times with other noise, as making it takes longest. No clip of the caches
-is looked at, but for first frames and sounds that are given. What is saved is a mean of the student's weights.
+is trained on what the student made, several times with other noise, as making it takes longest. Looks are compared
+with the mean of all clips that fit a prompt (`means.py`), too, as some are lost else. No other clip of the caches is
+looked at, but for first frames and sounds that are given. What is saved is a mean of the student's weights.
 
 The losses of single batches say little. So the same prompts are generated from the same noise before the first step
 and with each saved state: `judged_by_teacher` and `judged_by_critic` are losses of flow matching on the result, which
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cache_latents import load_cache
+from means import Means, look_loss
 from recipe import Run, make_parser, save_sheet
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from train_text_encoder import Texts
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose student goes on")
     parser.add_argument("--critic-steps", type=int, default=3, help="for each of the student's, default: %(default)s")
     parser.add_argument("--guidance-scale", type=float, default=1.2, help="of the base, default: %(default)s")
+    parser.add_argument("--look-weight", type=float, default=0.25, help="default: %(default)s")
     parser.add_argument("--average", type=float, default=0.99, help="decay of the mean, 0 for none, default: 0.99")
     arguments = parser.parse_args()
 
@@ -124,6 +127,7 @@ def main() -> None:
         run.measured |= measure()
 
     # 2. Train
+    means = Means(caches)
     for rng in run.steps():
         batch = draw_batch(caches, rng, arguments.batch_size, run.device)
         count, given, text = len(batch.prompts), batch[:2], texts.embed(batch.prompts)
@@ -146,7 +150,13 @@ def main() -> None:
             distribution_matching_loss(state, uncond + arguments.guidance_scale * (cond - uncond), fake)
             for state, cond, uncond, fake in zip(generated, *predictions, strict=True)
         ]
-        run.update("student", losses[0] + losses[1], video=losses[0], audio=losses[1])
+        looks = torch.zeros((), device=run.device)
+        if means.knows(shape := batch.latents.shape[2:]):
+            mean, added = means.find(batch.said, shape), means.find_added(batch.said, shape, rng)
+            added *= ~batch.has_frame.cpu()[:, None, None, None, None, None]
+            looks = look_loss(generated[0], mean.to(run.device), added.to(run.device))
+        total = losses[0] + losses[1] + arguments.look_weight * looks
+        run.update("student", total, video=losses[0], audio=losses[1], looks=looks)
         average.update_parameters(run.unwrap("student").train().transformer)
 
         # The critic comes second, so that what it judges is nothing it has learned.

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from cache_latents import Cache, choose_cache, load_cache, read_clips
 from clips import make_scene
-from means import Means
+from means import Looks, Means
 from prompts import Scene, leave_out, make_prompt
 from recipe import Run, make_parser, save_sheet, to_frames
+from recognise import LOOKS
 from train_text_encoder import HIDDEN_SIZE, TEXT_TOKENS, Texts
 from words import FRAME_RATE
 
@@ -27,7 +28,6 @@ from diffusers_magihuman import AutoencoderKLMagiHumanTurbo, MagiHumanFlowSchedu
 from diffusers_magihuman.training import flow_matching_loss, sample_noise_levels
 
 USUAL_TOKENS = 13 * 8 * 8 + 49 + TEXT_TOKENS  # of a clip of 128 x 128 pixels and 49 frames
-SHORT = 2  # latent frames, of clips of which little is drawn
 
 
 def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
@@ -53,17 +53,19 @@ def make_transformer(cache: Cache) -> MagiHumanTransformer3DModel:
 
 
 class Batch(NamedTuple):
-    """Latents of video and sound, where eyes and mouths are, what prompts say and the prompts, and whose first frame
-    and whose sound are given, bool `(batch_size,)`."""
+    """Latents of video and sound, where eyes and mouths are, what clips show, what prompts say of it and the prompts,
+    whose first frame and sound are given, bool `(batch_size,)`, and whether latents are means, for pure noise."""
 
     latents: torch.Tensor
     audio_latents: torch.Tensor
     eyes: torch.Tensor
     mouths: torch.Tensor
+    scenes: list[Scene]
     said: list[Scene]
     prompts: list[str]
     has_frame: torch.Tensor
     has_audio: torch.Tensor
+    is_pure: bool
 
 
 def choose_said(rng: np.random.Generator, scene: Scene, has_frame: bool, has_audio: bool, seconds: float) -> Scene:
@@ -80,22 +82,58 @@ def choose_said(rng: np.random.Generator, scene: Scene, has_frame: bool, has_aud
     return leave_out(rng, replace(seen, voice=heard.voice, words=heard.words))
 
 
-def draw_batch(caches: list[Cache], rng: np.random.Generator, batch_size: int, device: torch.device) -> Batch:
-    """Draws clips of one shape, as many as have about as many tokens as `batch_size` usual ones, and new prompts."""
+def draw_batch(
+    caches: list[Cache],
+    rng: np.random.Generator,
+    batch_size: int,
+    device: torch.device,
+    means: Means | None = None,
+    pure_noise: float = 0.0,
+) -> Batch:
+    """
+    Draws clips of one shape, as many as have about as many tokens as `batch_size` usual ones, and new prompts.
+
+    If `means` knows the shape, one in so many batches as `pure_noise` says has means in place of clips, and nothing
+    is given of them; so have all of clips that are not whole, which show no motion.
+    """
     cache = caches[choose_cache(caches, rng)]
     count = max(1, round(batch_size * USUAL_TOKENS / cache.num_tokens))
     clips = rng.integers(len(cache.scenes), size=count)
-    has_frame = rng.random(count) < 0.25
+    scenes = [cache.scenes[clip] for clip in clips]
+    is_pure = means is not None and means.knows(cache.shape) and (not cache.is_whole or rng.random() < pure_noise)
+    has_frame = rng.random(count) < (0 if is_pure else 0.25)
     # It takes a given sound to learn what mouths have to do with it; first frames do not tell.
-    has_audio = rng.random(count) < (0.25 if cache.latents.shape[2] <= SHORT else 0.5)
+    has_audio = rng.random(count) < (0 if is_pure else 0.5)
     seconds = cache.audio_latents.shape[1] / FRAME_RATE
-    said = [
-        choose_said(rng, cache.scenes[clip], *given, seconds)
-        for clip, *given in zip(clips, has_frame, has_audio, strict=True)
-    ]
+    said = [choose_said(rng, *each, seconds) for each in zip(scenes, has_frame, has_audio, strict=True)]
     prompts = [make_prompt(rng, scene) for scene in said]
+    latents, *others = read_clips(cache, clips, device)
+    if is_pure:
+        latents = means.find(said, cache.shape).to(device)
     given = (torch.from_numpy(has).to(device) for has in (has_frame, has_audio))
-    return Batch(*read_clips(cache, clips, device), said, prompts, *given)
+    return Batch(latents, *others, scenes, said, prompts, *given, is_pure)
+
+
+def watch_looks(
+    transformer: torch.nn.Module, batch: Batch, noise_levels: torch.Tensor, means: Means, rng: np.random.Generator
+) -> Looks:
+    """
+    Weakens the looks of half of the clips that are noisy enough, each by as much as chance has it.
+
+    Sampling begins with looks that are weaker than they should be, and what sees nothing but clips takes a faint beard
+    for none, whatever the prompt says, so that each step would leave less of it.
+    """
+    added = means.find_added(batch.said, batch.latents.shape[2:], rng).to(batch.latents.device)
+    # What is given is as it is, and where a prompt says something else, it says nothing of the clip.
+    added[:, :, :, 0] *= ~batch.has_frame[:, None, None, None, None]
+    agrees = [
+        [getattr(scene, name) == getattr(said, name) for name in LOOKS]
+        for scene, said in zip(batch.scenes, batch.said, strict=True)
+    ]
+    added *= torch.tensor(agrees, device=added.device)[:, :, None, None, None, None]
+    is_weak = (torch.rand_like(noise_levels) < 0.5) & (noise_levels > 0.4) & (noise_levels < 1)
+    weakness = torch.rand(added.shape[:2], device=added.device) * is_weak[:, None]
+    return Looks(transformer, batch.latents, added, weakness, noise_levels)
 
 
 @torch.no_grad()
@@ -131,13 +169,15 @@ def main() -> None:
     parser.add_argument("--eye-weight", type=float, default=6.0, help="default: %(default)s")
     parser.add_argument("--mouth-weight", type=float, default=16.0, help="default: %(default)s")
     parser.add_argument("--text-dropout", type=float, default=0.05, help="part of the batches, default: %(default)s")
-    parser.add_argument("--pure-noise", type=float, default=0.5, help="part of the batches, default: %(default)s")
+    parser.add_argument("--pure-noise", type=float, default=0.25, help="part of the batches, default: %(default)s")
     parser.add_argument("--mean-weight", type=float, default=8.0, help="in pure noise, default: %(default)s")
+    parser.add_argument("--look-weight", type=float, default=2.0, help="in pure noise, default: %(default)s")
     arguments = parser.parse_args()
 
     # 1. Data and model
     caches = [load_cache(folder) for folder in arguments.data]
     means = Means(caches)
+    caches = [cache for cache in caches if cache.is_whole or means.knows(cache.shape)]
     torch.manual_seed(arguments.seed)
     transformer = make_transformer(caches[0])
     if arguments.start_from is not None:
@@ -150,43 +190,46 @@ def main() -> None:
 
     # 2. Train
     for rng in run.steps():
-        batch = draw_batch(caches, rng, arguments.batch_size, run.device)
-        count = len(batch.prompts)
-        embeds, mask = texts.embed(batch.prompts)
+        batch = draw_batch(caches, rng, arguments.batch_size, run.device, means, arguments.pure_noise)
+        count, latents = len(batch.prompts), batch.latents
         # Whole batches, as the negative prompt is long and would stretch every batch that it is in.
-        is_dropped = rng.random() < arguments.text_dropout
-        if is_dropped:
-            embeds, mask = texts.embed_negative(count)
-        noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
-        noise_levels[: round(0.1 * count)] = 1.0
-        # What moves counts for more, eyes do, and mouths most: walls and shirts are easily learned, but what a voice
-        # says of a mouth is a hundredth of all that a video holds, and whether an iris keeps its colour hardly more.
-        # Not so in short clips, whose only motion is that their two frames are encoded in different ways.
-        motion = batch.latents.diff(dim=2, append=batch.latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
-        weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
-        weights *= 1 + (arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths)[:, None]
-        latents, has_frame = batch.latents, batch.has_frame.float()
-        is_short = latents.shape[2] <= SHORT
-        options = {"latent_weights": None if is_short else weights, "audio_weight": arguments.audio_weight}
-        # Of pure noise the prompt alone says what it becomes, which is what sampling begins with: the mean of all that
-        # fits. It has little noise of its own, so it may count for much, and for most where beards are.
-        if rng.random() < arguments.pure_noise and not is_dropped:
-            mean = means.find(batch.said, latents)
-            if mean is not None:
-                latents, has_frame, noise_levels = mean, 0.0, torch.ones_like(noise_levels)
-                options = {"latent_weights": 1 + 2 * batch.mouths[:, None], "video_weight": arguments.mean_weight}
+        is_dropped = not batch.is_pure and rng.random() < arguments.text_dropout
+        embeds, mask = texts.embed_negative(count) if is_dropped else texts.embed(batch.prompts)
+        if batch.is_pure:
+            # The prompt alone says what it becomes: the mean of all that fits. It has little noise of its own, so it
+            # may count for much.
+            noise_levels, weights = torch.ones(count, device=run.device), None
+            video_weight, look_weight = arguments.mean_weight, arguments.look_weight
+        else:
+            noise_levels = sample_noise_levels(count, "uniform", arguments.shift, device=run.device)
+            noise_levels[: round(0.1 * count)] = 1.0
+            # What moves counts for more, eyes do, and mouths most: walls and shirts are easily learned, but what a
+            # voice says of a mouth is a hundredth of all that a video holds, and whether an iris keeps its colour
+            # hardly more.
+            motion = latents.diff(dim=2, append=latents[:, :, -1:]).square().mean(dim=1, keepdim=True)
+            weights = 1 + arguments.motion_weight * motion / motion.mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
+            weights *= 1 + (arguments.eye_weight * batch.eyes + arguments.mouth_weight * batch.mouths)[:, None]
+            # Poses make clips stray from their means, also along what looks add.
+            video_weight, look_weight = 1.0, arguments.look_weight / 8
+        transformer = run.models["transformer"]
+        if not is_dropped and means.knows(latents.shape[2:]):
+            transformer = watch_looks(transformer, batch, noise_levels, means, rng)
         loss = flow_matching_loss(
-            run.models["transformer"],
+            transformer,
             latents,
             batch.audio_latents,
             embeds,
             mask,
             noise_levels,
-            image_probability=has_frame,
+            video_weight,
+            arguments.audio_weight,
+            image_probability=batch.has_frame.float(),
             audio_probability=batch.has_audio.float(),
-            **options,
+            latent_weights=weights,
         )
-        run.update("transformer", loss.loss, video=loss.video_loss, audio=loss.audio_loss)
+        looks = transformer.loss if isinstance(transformer, Looks) else torch.zeros((), device=run.device)
+        shown = {"video": loss.video_loss, "audio": loss.audio_loss, "looks": looks}
+        run.update("transformer", loss.loss + look_weight * looks, **shown)
         if (run.step + 1) % arguments.save_every == 0:
             samples = draw_samples(run.unwrap("transformer"), vae, texts, caches[0], scheduler)
             save_sheet(samples, run.output / "samples.png")

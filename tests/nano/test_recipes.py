@@ -27,10 +27,11 @@ import train_video_vae
 from accelerate.state import AcceleratorState
 from clips import make_clip, make_scene
 from diffusers import DiffusionPipeline
-from means import Fit, Means
+from means import Fit, Looks, Means, look_loss
 from people import HAIR_COLOUR, SHIRT
 from prompts import Scene, make_prompt
 from recipe import Run, make_parser, to_tensor
+from recognise import LOOKS
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 from words import VOCABULARY
@@ -163,6 +164,18 @@ def test_learning_rate_rises_stays_and_falls(tmp_path):
     assert found == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 0.004])
 
 
+def test_no_state_is_saved_of_weights_that_are_not_finite(tmp_path):
+    AcceleratorState._reset_state()
+    arguments = make_parser("", 4, 1, 1e-3).parse_args(["--output", str(tmp_path), "--save-every", "1"])
+    training = Run(arguments, {"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(FloatingPointError, match="step 2 the gradient of model is not finite"):
+        for _ in training.steps():
+            value = float("inf") if training.step == 2 else 1.0
+            training.update("model", (training.models["model"](torch.ones(1, 2)) * value).mean())
+    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 2
+    assert load_file(tmp_path / "state" / "model.safetensors")["weight"].isfinite().all()
+
+
 def test_a_dataset_holds_the_clips_of_its_numbers(data):
     for name, held_out in (("96", False), ("held_out", True)):
         drawing, dataset = make_clip(0, 96, 96, 17, held_out).drawing, make_dataset.load_dataset(data / name)
@@ -274,13 +287,8 @@ def test_the_base_learns_most_of_eyes_and_mouths_and_of_given_sounds(one_step, m
     expected = 1 + 2 * shown.eyes.astype(np.float32) + 8 * shown.mouths.astype(np.float32)
     assert shown.eyes.max() > 0 and min(np.abs(seen[0][0, 0].numpy() - each).max() for each in expected) < 1e-5
 
-    cache = cache_latents.load_cache(folder / "cache" / "64x64")
-    short = cache._replace(
-        **{name: getattr(cache, name)[:, :2] for name in ("eyes", "mouths")}, latents=cache.latents[:, :, :2]
-    )
-    for of, share in ((cache, 0.5), (short, 0.25)):
-        given = train_transformer.draw_batch([of], np.random.default_rng(0), 60, torch.device("cpu")).has_audio
-        assert abs(given.float().mean() - share) < 0.1
+    given = train_transformer.draw_batch(caches[:1], np.random.default_rng(0), 60, torch.device("cpu")).has_audio
+    assert abs(given.float().mean() - 0.5) < 0.1
 
 
 def test_means_are_of_all_clips_that_fit_what_is_said():
@@ -299,16 +307,41 @@ def test_means_are_of_all_clips_that_fit_what_is_said():
     told, nothing = make_scene(rng, 2), Scene(*[None] * 8, words=())
     few = cache._replace(latents=cache.latents[:200, ..., :1], scenes=scenes[:200])
     found = Means([cache, few])
-    mean = found.find([told, nothing], torch.zeros(2, 1, 6, 1, 2)).numpy()
+    mean = found.find([told, nothing], (6, 1, 2)).numpy()
     expected = np.stack([picture(told), pictures.mean(axis=0)])
     for frame, factor in enumerate((1, 2, 4, 4, 4, 4)):
         assert np.abs(mean[:, :, frame] - factor * expected).max() < 0.5
-    assert found.find([told], torch.zeros(1, 1, 6, 1, 1)) is None  # so few clips that they would be learned by heart
-    assert found.find([told], torch.zeros(1, 1, 6, 2, 2)) is None
+    assert found.knows((6, 1, 2)) and not found.knows((6, 2, 2))
+    assert not found.knows((6, 1, 1))  # so few clips that they would be learned by heart
+
+    added = found.find_added([replace(told, glasses=True, hair_style="bob"), nothing], (6, 1, 2), rng)
+    assert added.shape == (2, len(LOOKS), 1, 6, 1, 2) and (added[1] == 0).all()
+    shirt, glasses, beard = (added[0, list(LOOKS).index(name), 0, 5, 0] for name in ("shirt", "glasses", "beard"))
+    difference = shirt[0].item() / 4  # from another shirt, whose place in the table is a whole number
+    assert abs(difference) > 0.5 and abs(difference - round(difference)) < 0.2 and abs(shirt[1]) < 0.8
+    assert glasses[1].item() == pytest.approx(12, abs=1) and beard.abs().max() < 0.8
     # The colour of no hair says nothing of that of hair, even where pairs are not fitted.
     colours = [0 if scene.hair_style == "bald" else 9 * list(HAIR_COLOUR).index(scene.hair_colour) for scene in scenes]
     white = replace(told, hair_style="bob", hair_colour="white")
     assert Fit(scenes, np.reshape(colours, (-1, 1, 1, 1)), ()).mean([white]).item() == pytest.approx(36, abs=1)
+
+
+class KnownMeans(Means):
+    """Means of any shape: 7, to which each look that is said adds 1 in a channel of its own."""
+
+    def knows(self, _):
+        return True
+
+    def find(self, scenes, shape):
+        return torch.full((len(scenes), 48, *shape), 7.0)
+
+    def find_added(self, scenes, shape, _):
+        added = torch.zeros(len(scenes), len(LOOKS), 48, *shape)
+        for number, name in enumerate(LOOKS):
+            added[:, number, number] = torch.tensor([getattr(scene, name) is not None for scene in scenes]).view(
+                -1, 1, 1, 1
+            )
+        return added
 
 
 def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
@@ -316,23 +349,89 @@ def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
     learn, seen = train_transformer.flow_matching_loss, []
 
     def watch(*given, **options):
-        seen.append((given[1], given[5], options))
+        seen.append((given, options))
         return learn(*given, **options)
 
     monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
     clips = f"--turbo-vae runs/turbo_vae --size 64 64 --frames {FRAMES} --clips 2"
-    for name, drawn in (("whole", FRAMES), ("short", 5)):
+    for name, drawn in (("whole", FRAMES), ("drawn", 9)):
         run(cache_latents, f"{clips} --drawn {drawn} --output cache/two/{name}", monkeypatch)
-        options = f"{TEXT_AND_VAE} --data cache/two/{name} --text-dropout 0 --pure-noise 1 --steps 1"
-        run(train_transformer, f"{options} --output runs/two_{name}", monkeypatch)
-        with monkeypatch.context() as patch:
-            patch.setattr(Means, "find", lambda *given: torch.full_like(given[2], 7))
-            run(train_transformer, f"{options} --output runs/mean_{name}", monkeypatch)
-    for latents, levels, options in seen[1::2]:
-        assert (latents == 7).all() and (levels == 1).all() and options["image_probability"] == 0
-        assert options["video_weight"] == 8 and 1 == options["latent_weights"].min() < options["latent_weights"].max()
-    (_, levels, options), (_, _, short_options) = seen[::2]  # of too few clips for means
-    assert levels.min() < 1 and options["latent_weights"].max() > 2 and short_options["latent_weights"] is None
+    options = f"{TEXT_AND_VAE} --text-dropout 0 --steps 1"
+    run(train_transformer, f"{options} --pure-noise 1 --data cache/two/whole --output runs/few", monkeypatch)
+    monkeypatch.setattr(train_transformer, "Means", KnownMeans)
+    run(train_transformer, f"{options} --pure-noise 1 --data cache/two/whole --output runs/pure", monkeypatch)
+    run(train_transformer, f"{options} --pure-noise 0 --data cache/two/drawn --output runs/drawn", monkeypatch)
+    run(train_transformer, f"{options} --pure-noise 0 --data cache/two/whole --output runs/clips", monkeypatch)
+    (few, few_options), *pure, (clips, clip_options) = seen
+    assert few[5].min() < 1 and few_options["latent_weights"].max() > 2  # so few clips that no mean is known
+    for (model, latents, *_, levels, video_weight, _), options in pure:
+        assert (latents == 7).all() and latents.shape[2] == 7 and (levels == 1).all() and video_weight == 8
+        assert options["latent_weights"] is None and (model.hidden == 0).all()
+        assert not options["image_probability"].any() and not options["audio_probability"].any()
+    model, latents, *_, levels, video_weight, _ = clips
+    assert not (latents == 7).any() and levels.min() < 1 and video_weight == 1
+    assert clip_options["latent_weights"].max() > 2
+
+
+def test_looks_are_weakened_where_a_prompt_says_them(one_step, monkeypatch):
+    one_step.run("cache", monkeypatch)
+    cache = cache_latents.load_cache(one_step.folder / "cache" / "64x64")
+    cpu, weak = torch.device("cpu"), []
+    for seed in range(30):
+        batch = train_transformer.draw_batch([cache], np.random.default_rng(seed), 8, cpu)
+        torch.manual_seed(seed)
+        levels = torch.linspace(0.1, 1, len(batch.prompts))
+        rng = np.random.default_rng(seed)
+        looks = train_transformer.watch_looks(None, batch, levels, KnownMeans([]), rng)
+        says = [
+            [getattr(said, name) == getattr(scene, name) for name in LOOKS]
+            for scene, said in zip(batch.scenes, batch.said, strict=True)
+        ]
+        said = torch.tensor(says)
+        shown = looks.added[:, range(len(LOOKS)), range(len(LOOKS)), 1, 0, 0]
+        assert torch.equal(shown != 0, said) and (looks.added[batch.has_frame, :, :, 0] == 0).all()
+        assert (looks.hidden[(levels <= 0.4) | (levels == 1)] == 0).all()
+        hidden = looks.hidden[(levels > 0.4) & (levels < 1)][:, : len(LOOKS), 1, 0, 0]
+        weak.append(hidden[said[(levels > 0.4) & (levels < 1)]])
+    weak = torch.cat(weak)
+    assert 0.4 < (weak == 0).float().mean() < 0.6 and 0.4 < weak[weak > 0].mean() < 0.6 and weak.max() < 1
+
+
+def test_what_is_missing_of_looks_counts_alike():
+    added = torch.zeros(2, 3, 48, 2, 4, 4)
+    added[0, 0, :4] = 3  # of many values, and of few
+    added[0, 1, 5, 0, 0, :2] = 30
+    target = torch.randn(2, 48, 2, 4, 4)
+    assert look_loss(target, target, added) == 0
+    for look in (0, 1):
+        weaker = target.clone()
+        weaker[0] -= 0.5 * added[0, look]
+        weaker[:, 20:] += 1  # where no look adds anything
+        assert look_loss(weaker, target, added).item() == pytest.approx(0.25 / 2, rel=0.02)
+
+    # Shown a weaker look, a model that always predicts the target is right, and one that believes what it sees is not.
+    levels, noise = torch.tensor([0.5, 0.8]), torch.randn_like(target)
+    noisy = torch.lerp(target, noise, levels.view(-1, 1, 1, 1, 1))
+    weakness = torch.tensor([[0.5, 0, 0], [0, 0, 0]])
+    seen = []
+
+    def predict(wanted):
+        def model(latents, audio_latents, **_):
+            seen.append(latents)
+            return (latents - wanted) / levels.view(-1, 1, 1, 1, 1), audio_latents
+
+        return Looks(model, target, added, weakness, levels)
+
+    right = predict(target)
+    velocity, _ = right(noisy, noise, return_dict=False)
+    assert torch.allclose(seen[0], noisy - 0.25 * torch.stack([added[0, 0], added[1, 0]]), atol=1e-5)
+    assert torch.allclose(velocity, noise - target, atol=1e-4) and right.loss < 1e-6
+    weaker = target.clone()
+    weaker[0] -= 0.5 * added[0, 0]
+    wrong = predict(weaker)
+    velocity, _ = wrong(noisy, noise, return_dict=False)
+    assert wrong.loss.item() == pytest.approx(0.25 / 2, rel=0.02)
+    assert torch.allclose(velocity, (noisy - weaker) / levels.view(-1, 1, 1, 1, 1), atol=1e-4)
 
 
 def test_prompts_often_say_something_else_than_what_is_given():
