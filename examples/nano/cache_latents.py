@@ -7,10 +7,6 @@ Latents of sound are those that the sound autoencoder learns to compute, `Speech
         --output cache/128x128x49/0
     python examples/nano/cache_latents.py --first 1000 ... --output cache/128x128x49/1000   # at the same time
 
-With `--drawn 9` a clip takes a quarter of the time. Three latent frames and its whole sound say what a prompt means,
-and only how a face moves has to be learned from whole clips. Fewer would not do: the autoencoder encodes the first
-frame by itself and all others by four, and what a beard is in the first two latent frames says little of the others.
-
 Writes float16 `latents.npy` (clips x channels x latent frames x latent height x latent width), `audio_latents.npy`
 (clips x length x channels), `eyes.npy` and `mouths.npy` (clips x latent frames x latent height x latent width), which
 say how much of each position is eyes and mouth, and `scenes.jsonl`, whose words are numbers of `VOCABULARY`. Clip
@@ -49,18 +45,9 @@ class Cache(NamedTuple):
     scenes: list[Scene]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Latent frames, height and width of the whole clips, of which `latents` may have the first frames alone."""
-        return (self.audio_latents.shape[1] - 1) // TEMPORAL + 1, *self.latents.shape[3:]
-
-    @property
-    def is_whole(self) -> bool:
-        return self.latents.shape[2] == self.shape[0]
-
-    @property
     def num_tokens(self) -> int:
         """Of a transformer, for the video and the sound of a clip and its usual prompt."""
-        return int(np.prod(self.shape)) + self.audio_latents.shape[1] + TEXT_TOKENS
+        return int(np.prod(self.latents.shape[2:])) + self.audio_latents.shape[1] + TEXT_TOKENS
 
 
 def load_cache(folder: Path) -> Cache:
@@ -108,16 +95,13 @@ def main() -> None:
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), help="width and height, default: 128 128")
     parser.add_argument("--frames", type=int, default=49, help="of a clip, 4 * k + 1, default: %(default)s")
-    parser.add_argument("--drawn", type=int, help="only so many first frames, 4 * k + 1, default: all of them")
     parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="number of the first clip, default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="default: no")
     arguments = parser.parse_args()
-    for name in ("frames", "drawn"):
-        count = getattr(arguments, name)
-        if count is not None and not (count >= 1 and count % 4 == 1):
-            parser.error(f"--{name} is {count}, it must be 1, 5, 9 and so on")
+    if not (arguments.frames >= 1 and arguments.frames % 4 == 1):
+        parser.error(f"--frames is {arguments.frames}, it must be 1, 5, 9 and so on")
     if any(size < SPATIAL or size % SPATIAL for size in arguments.size):
         parser.error(f"--size is {' '.join(map(str, arguments.size))}, both must be multiples of {SPATIAL}")
 
@@ -129,10 +113,7 @@ def main() -> None:
     arrays = {}
     for start in range(0, arguments.clips, arguments.batch_size):
         numbers = range(start, min(start + arguments.batch_size, arguments.clips))
-        clips = [
-            make_clip(arguments.first + number, *arguments.size, arguments.frames, num_drawn=arguments.drawn)
-            for number in numbers
-        ]
+        clips = [make_clip(arguments.first + number, *arguments.size, arguments.frames) for number in numbers]
         video = to_tensor(np.stack([clip.drawing.frames for clip in clips])).to(accelerator.device)
         with accelerator.autocast():
             latents = encode(turbo_vae, video)

@@ -54,19 +54,16 @@ def make_clip(
     height: int = 128,
     num_frames: int = 49,
     held_out: bool = False,
-    num_drawn: int | None = None,
 ) -> Clip:
     """
     Makes a clip, always the same for a seed; its frames of different sizes are pictures of the same moments.
-
-    Only its first `num_drawn` frames are drawn, by default all; it is heard whole.
     """
     rng = np.random.default_rng([seed, held_out])
     scene = make_scene(rng, num_frames / FRAME_RATE, held_out)
     prompt = make_prompt(rng, scene, held_out)
     speech = say(rng, scene.words, scene.voice, num_frames)
     motion = make_motion(rng, num_frames, speech.stress)
-    drawing = draw_person(rng, scene.look, motion, speech.mouth[:num_drawn], width, height)
+    drawing = draw_person(rng, scene.look, motion, speech.mouth, width, height)
     return Clip(scene, prompt, drawing, speech)
 
 

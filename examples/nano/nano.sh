@@ -40,24 +40,22 @@ video() { recipe turbo_vae train_turbo_vae 4000 "${datasets[@]}" "${long[@]}"; }
 text() { recipe text_encoder train_text_encoder 1200; }
 both video text
 
-# 2. Latents of clips: width, height, frames, how many parts of equal numbers of clips an hour of the whole has, and how
-#    many frames are drawn if not all
+# 2. Latents of clips: width, height, frames, and how many parts of equal numbers of clips an hour of the whole has
 shapes=(
-    "128 128 49 6" "128 128 25 2" "128 128 97 2" "128 128 149 1" "256 256 25 2"
-    "96 160 49 2" "160 96 49 2" "128 160 49 2" "160 128 49 2" "96 160 97 1" "160 128 97 1"
-    "128 128 49 8 9" "96 160 49 2 9" "160 96 49 2 9" "128 160 49 2 9" "160 128 49 2 9"
+    "128 128 49 8" "128 128 25 2" "128 128 97 2" "128 128 149 1" "256 256 25 2"
+    "96 160 49 3" "160 96 49 3" "128 160 49 3" "160 128 49 3" "96 160 97 1" "160 128 97 1"
 )
 clips=$((minutes < 60 ? minutes + 1 : 60))
 lane() { # draws and encodes each second part
     for number in "${!shapes[@]}"; do
-        read -r width height frames parts drawn <<<"${shapes[number]}"
+        read -r width height frames parts <<<"${shapes[number]}"
         # The upscaler needs the same clips in two sizes; all other shapes have clips of their own.
-        first=$((width == height && frames == 25 && !drawn ? 0 : (number + 1) * 100000))
+        first=$((width == height && frames == 25 ? 0 : (number + 1) * 100000))
         for ((part = $1; part < $(per_hour "$parts"); part += 2)); do
-            folder=cache/${width}x${height}x$frames${drawn:+-$drawn}/$part
+            folder=cache/${width}x${height}x$frames/$part
             [ -d "$folder" ] || python "$recipes/cache_latents.py" --output "$folder" --size "$width" "$height" \
                 --frames "$frames" --clips $clips --first $((first + part * clips)) --turbo-vae runs/turbo_vae \
-                ${drawn:+--drawn "$drawn"} "${options[@]}" >/dev/null
+                "${options[@]}" >/dev/null
         done
     done
 }
@@ -69,7 +67,7 @@ both even odd
 text_and_vae=(--text runs/text_encoder --turbo-vae runs/turbo_vae)
 small=(cache/{1[26]*,96}x*x*[0-9][0-9]/*)
 generation() {
-    recipe base train_transformer 600 --decay 0.85 --data "${small[@]}" cache/*-*/* "${text_and_vae[@]}" "${long[@]}"
+    recipe base train_transformer 600 --decay 0.85 --data "${small[@]}" "${text_and_vae[@]}" "${long[@]}"
     recipe distilled train_distilled 20 --data "${small[@]}" --base runs/base "${text_and_vae[@]}" --save-every 20
 }
 decoding() {

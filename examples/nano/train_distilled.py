@@ -78,16 +78,16 @@ def generate(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, steps=300, batch_size=8, learning_rate=5e-5)
+    parser = make_parser(__doc__, steps=300, batch_size=8, learning_rate=1e-4)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="outputs of cache_latents.py")
     parser.add_argument("--base", type=Path, required=True, help="output of train_transformer.py")
     parser.add_argument("--text", type=Path, required=True, help="output of train_text_encoder.py")
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose student goes on")
     parser.add_argument("--critic-steps", type=int, default=3, help="for each of the student's, default: %(default)s")
-    parser.add_argument("--guidance-scale", type=float, default=1.2, help="of the base, default: %(default)s")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="of the base, default: %(default)s")
     parser.add_argument("--look-weight", type=float, default=0.25, help="default: %(default)s")
-    parser.add_argument("--average", type=float, default=0.99, help="decay of the mean, 0 for none, default: 0.99")
+    parser.add_argument("--average", type=float, default=0.85, help="decay of the mean, 0 for none, default: 0.85")
     arguments = parser.parse_args()
 
     # 1. Three copies of the base, and the noise levels of the student

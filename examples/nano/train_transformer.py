@@ -93,14 +93,14 @@ def draw_batch(
     """
     Draws clips of one shape, as many as have about as many tokens as `batch_size` usual ones, and new prompts.
 
-    If `means` knows the shape, one in so many batches as `pure_noise` says has means in place of clips, and nothing
-    is given of them; so have all of clips that are not whole, which show no motion.
+    If `means` knows the shape, a part of the batches, `pure_noise`, has means in place of clips, and nothing is given.
     """
     cache = caches[choose_cache(caches, rng)]
     count = max(1, round(batch_size * USUAL_TOKENS / cache.num_tokens))
     clips = rng.integers(len(cache.scenes), size=count)
     scenes = [cache.scenes[clip] for clip in clips]
-    is_pure = means is not None and means.knows(cache.shape) and (not cache.is_whole or rng.random() < pure_noise)
+    shape = cache.latents.shape[2:]
+    is_pure = means is not None and means.knows(shape) and rng.random() < pure_noise
     has_frame = rng.random(count) < (0 if is_pure else 0.25)
     # It takes a given sound to learn what mouths have to do with it; first frames do not tell.
     has_audio = rng.random(count) < (0 if is_pure else 0.5)
@@ -109,7 +109,7 @@ def draw_batch(
     prompts = [make_prompt(rng, scene) for scene in said]
     latents, *others = read_clips(cache, clips, device)
     if is_pure:
-        latents = means.find(said, cache.shape).to(device)
+        latents = means.find(said, shape).to(device)
     given = (torch.from_numpy(has).to(device) for has in (has_frame, has_audio))
     return Batch(latents, *others, scenes, said, prompts, *given, is_pure)
 
@@ -164,12 +164,12 @@ def main() -> None:
     parser.add_argument("--turbo-vae", type=Path, required=True, help="output of train_turbo_vae.py, to draw samples")
     parser.add_argument("--start-from", type=Path, help="output of an earlier run, whose weights go on to be trained")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, default: %(default)s")
-    parser.add_argument("--audio-weight", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--audio-weight", type=float, default=4.0, help="default: %(default)s")
     parser.add_argument("--motion-weight", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--eye-weight", type=float, default=6.0, help="default: %(default)s")
     parser.add_argument("--mouth-weight", type=float, default=16.0, help="default: %(default)s")
     parser.add_argument("--text-dropout", type=float, default=0.05, help="part of the batches, default: %(default)s")
-    parser.add_argument("--pure-noise", type=float, default=0.25, help="part of the batches, default: %(default)s")
+    parser.add_argument("--pure-noise", type=float, default=0.4, help="part of the batches, default: %(default)s")
     parser.add_argument("--mean-weight", type=float, default=8.0, help="in pure noise, default: %(default)s")
     parser.add_argument("--look-weight", type=float, default=2.0, help="in pure noise, default: %(default)s")
     arguments = parser.parse_args()
@@ -177,7 +177,6 @@ def main() -> None:
     # 1. Data and model
     caches = [load_cache(folder) for folder in arguments.data]
     means = Means(caches)
-    caches = [cache for cache in caches if cache.is_whole or means.knows(cache.shape)]
     torch.manual_seed(arguments.seed)
     transformer = make_transformer(caches[0])
     if arguments.start_from is not None:

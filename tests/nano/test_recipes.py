@@ -223,22 +223,11 @@ def test_caches_hold_latents_and_scenes_of_clips(one_step, monkeypatch):
     with pytest.raises(OSError, match=r"latents\.npy"):
         cache_latents.load_cache(folder)
 
-    # The first frames alone are those of the whole clips, and so are the sounds.
-    options = f"--turbo-vae runs/turbo_vae --first 5 --size 96 64 --frames {FRAMES} --clips {NUM_CLIPS}"
-    run(cache_latents, f"{options} --drawn 5 --output cache/drawn", monkeypatch)
-    drawn = cache_latents.load_cache(folder / "cache" / "drawn")
-    assert drawn.latents.shape[2] == 2 and np.abs(drawn.latents - cache.latents[:, :, :2]).max() < 0.01
-    assert drawn.scenes == cache.scenes and np.array_equal(drawn.audio_latents, cache.audio_latents)
-
-
-@pytest.mark.parametrize("option", ["--frames", "--drawn"])
-def test_frames_that_are_no_latent_frames(option, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run(cache_latents, f"--turbo-vae none --output {tmp_path}/cache {option} 6", monkeypatch)
-    assert f"{option} is 6, it must be 1, 5, 9 and so on" in capsys.readouterr().err
-
 
 def test_sizes_and_lengths_that_do_not_fit(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(cache_latents, f"--turbo-vae none --output {tmp_path}/cache --frames 6", monkeypatch)
+    assert "--frames is 6, it must be 1, 5, 9 and so on" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(cache_latents, f"--turbo-vae none --output {tmp_path}/cache --size 72 64", monkeypatch)
     assert "--size is 72 64, both must be multiples of 16" in capsys.readouterr().err
@@ -327,13 +316,13 @@ def test_means_are_of_all_clips_that_fit_what_is_said():
 
 
 class KnownMeans(Means):
-    """Means of any shape: 7, to which each look that is said adds 1 in a channel of its own."""
+    """Means of any shape: 2, to which each look that is said adds 1 in a channel of its own."""
 
     def knows(self, _):
         return True
 
     def find(self, scenes, shape):
-        return torch.full((len(scenes), 48, *shape), 7.0)
+        return torch.full((len(scenes), 48, *shape), 2.0)
 
     def find_added(self, scenes, shape, _):
         added = torch.zeros(len(scenes), len(LOOKS), 48, *shape)
@@ -354,22 +343,20 @@ def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
 
     monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
     clips = f"--turbo-vae runs/turbo_vae --size 64 64 --frames {FRAMES} --clips 2"
-    for name, drawn in (("whole", FRAMES), ("drawn", 9)):
-        run(cache_latents, f"{clips} --drawn {drawn} --output cache/two/{name}", monkeypatch)
-    options = f"{TEXT_AND_VAE} --text-dropout 0 --steps 1"
-    run(train_transformer, f"{options} --pure-noise 1 --data cache/two/whole --output runs/few", monkeypatch)
+    run(cache_latents, f"{clips} --output cache/two", monkeypatch)
+    options = f"{TEXT_AND_VAE} --data cache/two --text-dropout 0 --steps 1"
+    run(train_transformer, f"{options} --pure-noise 1 --output runs/few", monkeypatch)
     monkeypatch.setattr(train_transformer, "Means", KnownMeans)
-    run(train_transformer, f"{options} --pure-noise 1 --data cache/two/whole --output runs/pure", monkeypatch)
-    run(train_transformer, f"{options} --pure-noise 0 --data cache/two/drawn --output runs/drawn", monkeypatch)
-    run(train_transformer, f"{options} --pure-noise 0 --data cache/two/whole --output runs/clips", monkeypatch)
-    (few, few_options), *pure, (clips, clip_options) = seen
+    run(train_transformer, f"{options} --pure-noise 1 --output runs/pure", monkeypatch)
+    run(train_transformer, f"{options} --pure-noise 0 --output runs/clips", monkeypatch)
+    (few, few_options), (pure, pure_options), (clips, clip_options) = seen
     assert few[5].min() < 1 and few_options["latent_weights"].max() > 2  # so few clips that no mean is known
-    for (model, latents, *_, levels, video_weight, _), options in pure:
-        assert (latents == 7).all() and latents.shape[2] == 7 and (levels == 1).all() and video_weight == 8
-        assert options["latent_weights"] is None and (model.hidden == 0).all()
-        assert not options["image_probability"].any() and not options["audio_probability"].any()
+    model, latents, *_, levels, video_weight, _ = pure
+    assert (latents == 2).all() and (levels == 1).all() and video_weight == 8
+    assert pure_options["latent_weights"] is None and (model.hidden == 0).all()
+    assert not pure_options["image_probability"].any() and not pure_options["audio_probability"].any()
     model, latents, *_, levels, video_weight, _ = clips
-    assert not (latents == 7).any() and levels.min() < 1 and video_weight == 1
+    assert not (latents == 2).any() and levels.min() < 1 and video_weight == 1
     assert clip_options["latent_weights"].max() > 2
 
 
@@ -395,6 +382,25 @@ def test_looks_are_weakened_where_a_prompt_says_them(one_step, monkeypatch):
         weak.append(hidden[said[(levels > 0.4) & (levels < 1)]])
     weak = torch.cat(weak)
     assert 0.4 < (weak == 0).float().mean() < 0.6 and 0.4 < weak[weak > 0].mean() < 0.6 and weak.max() < 1
+
+
+def test_distillation_keeps_looks(one_step, monkeypatch):
+    folder, seen = one_step.run("base", monkeypatch), []
+
+    def watch(*given):
+        seen.append(given)
+        return look_loss(*given)
+
+    monkeypatch.setattr(train_distilled, "Means", KnownMeans)
+    monkeypatch.setattr(train_distilled, "look_loss", watch)
+    for weight in (0, 1):
+        train("distilled", f"kept_{weight}", f"--steps 1 --average 0 --look-weight {weight}", monkeypatch)
+    (generated, mean, added), _ = seen
+    assert generated.requires_grad and (mean == 2).all() and generated.shape == mean.shape == added[:, 0].shape
+    (line,) = (json.loads(line) for line in (folder / "kept_1" / "log.jsonl").read_text().splitlines())
+    assert line["looks"] > 0 and line["student_loss"] == pytest.approx(line["video"] + line["audio"] + line["looks"])
+    weights = [load_file(folder / f"kept_{weight}" / RECIPES["distilled"][2]) for weight in (0, 1)]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_what_is_missing_of_looks_counts_alike():
