@@ -37,21 +37,36 @@ class Wish(NamedTuple):
 
 WISHES = (
     Wish(
-        "A woman with tan skin and long red hair, in a green shirt, before a blue wall",
+        "A woman with tan skin and long red hair, no glasses, in a green shirt, before a blue wall",
         "high",
         "English",
         "hello, one",
     ),
     Wish(
-        "A man with dark skin and short black hair, in a yellow jumper, before a green wall",
+        "A man with dark skin, short black hair and glasses, in a yellow jumper, before a green wall",
         "deep",
         "French",
         "bonjour",
     ),
-    Wish("A lady with pale skin and a white bob, in a blue top, before a yellow wall", "medium", "Mandarin", "ni hao"),
+    Wish(
+        "A lady with pale skin and a white bob, without glasses, in a blue top, before a yellow wall",
+        "medium",
+        "Mandarin",
+        "ni hao",
+    ),
     Wish("A bald man with glasses, in a purple shirt, before a grey wall", "deep", "German", "eins, zwei"),
-    Wish("A person with curly brown hair, in a red shirt, before a purple wall", "high", "Japanese", "hai, arigato"),
-    Wish("A woman with long blond hair, in a grey sweater, before a pink wall", "high", "Korean", "annyeong, hana"),
+    Wish(
+        "A person with curly brown hair, no glasses, in a red shirt, before a purple wall",
+        "high",
+        "Japanese",
+        "hai, arigato",
+    ),
+    Wish(
+        "A woman with long blond hair and glasses, in a grey sweater, before a pink wall",
+        "high",
+        "Korean",
+        "annyeong, hana",
+    ),
 )
 
 
