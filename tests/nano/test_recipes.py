@@ -334,7 +334,7 @@ class KnownMeans(Means):
 
 
 def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
-    one_step.run("base", monkeypatch)
+    folder = one_step.run("base", monkeypatch)
     learn, seen = train_transformer.flow_matching_loss, []
 
     def watch(*given, **options):
@@ -344,7 +344,7 @@ def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
     monkeypatch.setattr(train_transformer, "flow_matching_loss", watch)
     clips = f"--turbo-vae runs/turbo_vae --size 64 64 --frames {FRAMES} --clips 2"
     run(cache_latents, f"{clips} --output cache/two", monkeypatch)
-    options = f"{TEXT_AND_VAE} --data cache/two --text-dropout 0 --steps 1"
+    options = f"{TEXT_AND_VAE} --data cache/two --text-dropout 0 --steps 1 --log-every 1"
     run(train_transformer, f"{options} --pure-noise 1 --output runs/few", monkeypatch)
     monkeypatch.setattr(train_transformer, "Means", KnownMeans)
     run(train_transformer, f"{options} --pure-noise 1 --output runs/pure", monkeypatch)
@@ -358,6 +358,10 @@ def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
     model, latents, *_, levels, video_weight, _ = clips
     assert not (latents == 2).any() and levels.min() < 1 and video_weight == 1
     assert clip_options["latent_weights"].max() > 2
+    for name, video_weight, look_weight in (("pure", 8, 2), ("clips", 1, 0.25)):
+        line = json.loads((folder / "runs" / name / "log.jsonl").read_text())
+        total = video_weight * line["video"] + 4 * line["audio"] + look_weight * line["looks"]
+        assert line["looks"] > 0 and line["transformer_loss"] == pytest.approx(total, rel=1e-4)
 
 
 def test_looks_are_weakened_where_a_prompt_says_them(one_step, monkeypatch):

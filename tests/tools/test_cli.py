@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -301,7 +302,7 @@ def test_bad_video_is_one_line(
         ([], "A prompt is needed, PROMPT or --prompt-file"),
         (["a", "--prompt-file", "-"], "One prompt is needed"),
         (["--prompt-file", "missing.txt"], "`prompt-file` is 'missing.txt'"),
-        (["--prompt-file", sys.executable], "is no text in UTF-8"),
+        (["--prompt-file", str(Path(__file__).parents[2] / "docs/images/upscaled.webp")], "is no text in UTF-8"),
         (["a", "--guidance-scale", "nan"], "--guidance-scale: 'nan' must be a number in -1000 to 1000"),
         (["a", "--num-videos", "0"], "--num-videos"),
         (["a", "--promt-file", "b"], "--promt-file b; did you mean --prompt-file?"),
