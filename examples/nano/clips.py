@@ -55,9 +55,7 @@ def make_clip(
     num_frames: int = 49,
     held_out: bool = False,
 ) -> Clip:
-    """
-    Makes a clip, always the same for a seed; its frames of different sizes are pictures of the same moments.
-    """
+    """Makes a clip, always the same for a seed; its frames of different sizes are pictures of the same moments."""
     rng = np.random.default_rng([seed, held_out])
     scene = make_scene(rng, num_frames / FRAME_RATE, held_out)
     prompt = make_prompt(rng, scene, held_out)

@@ -134,6 +134,7 @@ def look_loss(latents: torch.Tensor, target: torch.Tensor, added: torch.Tensor) 
     # A look that adds next to nothing, such as a colour to short hair, would be all noise.
     squares = added.square().sum(dim=(2, 3, 4, 5)) + 0.002 * added[0, 0].numel()
     missing = ((target - latents).float()[:, None] * added).sum(dim=(2, 3, 4, 5)) / squares
+    # Nor may what is five times as strong as it should be, which is no look any more, decide what is learned.
     return missing.square().clamp(max=25).sum(dim=1).mean()
 
 
@@ -171,6 +172,6 @@ class Looks(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = (1 - self.levels) * self.hidden
         velocity, audio_velocity = self.transformer(noisy - hidden, *inputs, **options)
-        velocity = velocity + hidden / self.levels.clamp(min=0.1)
+        velocity = velocity + hidden / self.levels.clamp(min=1e-6)  # 0 by 0 would be nan
         self.loss = look_loss(noisy - self.levels * velocity, self.latents, self.added)
         return velocity, audio_velocity

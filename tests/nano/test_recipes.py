@@ -309,6 +309,10 @@ def test_means_are_of_all_clips_that_fit_what_is_said():
     difference = shirt[0].item() / 4  # from another shirt, whose place in the table is a whole number
     assert abs(difference) > 0.5 and abs(difference - round(difference)) < 0.2 and abs(shirt[1]) < 0.8
     assert glasses[1].item() == pytest.approx(12, abs=1) and beard.abs().max() < 0.8
+    styles = found.find_added(20 * [replace(told, hair_style="bob")], (6, 1, 2), rng)[
+        :, list(LOOKS).index("hair_style")
+    ]
+    assert styles.abs().max() < 2.5  # all have the same colour, and none is compared with no hair
     # The colour of no hair says nothing of that of hair, even where pairs are not fitted.
     colours = [0 if scene.hair_style == "bald" else 9 * list(HAIR_COLOUR).index(scene.hair_colour) for scene in scenes]
     white = replace(told, hair_style="bob", hair_colour="white")
@@ -395,11 +399,18 @@ def test_distillation_keeps_looks(one_step, monkeypatch):
         seen.append(given)
         return look_loss(*given)
 
+    def give_frames(*given):
+        batch = train_transformer.draw_batch(*given)
+        return batch._replace(has_frame=torch.ones_like(batch.has_frame))
+
     monkeypatch.setattr(train_distilled, "Means", KnownMeans)
     monkeypatch.setattr(train_distilled, "look_loss", watch)
     for weight in (0, 1):
         train("distilled", f"kept_{weight}", f"--steps 1 --average 0 --look-weight {weight}", monkeypatch)
-    (generated, mean, added), _ = seen
+    monkeypatch.setattr(train_distilled, "draw_batch", give_frames)
+    train("distilled", "given", "--steps 1", monkeypatch)
+    (generated, mean, added), _, (*_, added_to_given) = seen
+    assert added.any() and not added_to_given.any()  # what it shows, not what the prompt says, is right
     assert generated.requires_grad and (mean == 2).all() and generated.shape == mean.shape == added[:, 0].shape
     (line,) = (json.loads(line) for line in (folder / "kept_1" / "log.jsonl").read_text().splitlines())
     assert line["looks"] > 0 and line["student_loss"] == pytest.approx(line["video"] + line["audio"] + line["looks"])
@@ -442,6 +453,8 @@ def test_what_is_missing_of_looks_counts_alike():
     velocity, _ = wrong(noisy, noise, return_dict=False)
     assert wrong.loss.item() == pytest.approx(0.25 / 2, rel=0.02)
     assert torch.allclose(velocity, (noisy - weaker) / levels.view(-1, 1, 1, 1, 1), atol=1e-4)
+    clean = Looks(lambda *given, **_: given, target, added, torch.zeros(2, 3), torch.zeros(2))
+    assert torch.equal(clean(target, noise)[0], target) and clean.loss == 0
 
 
 def test_prompts_often_say_something_else_than_what_is_given():
