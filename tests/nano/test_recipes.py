@@ -196,6 +196,7 @@ def test_weights_of_a_crop_lie_on_eyes_and_mouth():
         train_turbo_vae.draw_crops([dataset], np.random.default_rng(0), 1, 2, 64)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_the_same(one_step, monkeypatch):
     folder = one_step.run("base", monkeypatch)
     train("base", "bf16", "--steps 1 --mixed-precision bf16", monkeypatch)
@@ -337,6 +338,7 @@ class KnownMeans(Means):
         return added
 
 
+@pytest.mark.slow
 def test_the_base_learns_means_from_pure_noise(one_step, monkeypatch):
     folder = one_step.run("base", monkeypatch)
     learn, seen = train_transformer.flow_matching_loss, []
@@ -392,6 +394,7 @@ def test_looks_are_weakened_where_a_prompt_says_them(one_step, monkeypatch):
     assert 0.4 < (weak == 0).float().mean() < 0.6 and 0.4 < weak[weak > 0].mean() < 0.6 and weak.max() < 1
 
 
+@pytest.mark.slow
 def test_distillation_keeps_looks(one_step, monkeypatch):
     folder, seen = one_step.run("base", monkeypatch), []
 

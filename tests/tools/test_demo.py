@@ -128,7 +128,7 @@ def test_python_of_a_clip_makes_its_bytes_again(changes, studio, files, monkeypa
     ask = demo.read_ask(**PAGE | changes | paths)
     told = list(studio.follow(ask, str(files / "made.mp4"), threading.Event()))
     previews = [news.preview for news in told if news.preview is not None]
-    assert previews and previews[0].size == (32, 64) and np.ptp(previews[0]) > 50
+    assert previews and previews[0].size == (32, 64) and np.ptp(previews[0]) > 20
     assert [news.done for news in told if news.text.startswith("Step ")][-1] == 1
     words = " Of the line, the tiny model knows ma, and passes over hi." if "audio" in changes else ""
     assert told[-1].text == f"Seed 7.{words}"
