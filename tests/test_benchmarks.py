@@ -81,6 +81,7 @@ def check_lines(lines, timed):
         assert all(value >= 0 for value in least) and (least or not name.startswith(("forward", "call", "decode")))
 
 
+@pytest.mark.slow
 def test_every_case_runs_at_tiny_size(run_gpu):
     lines = run_gpu("--device", "cpu", "--tiny", "--compiler", "none")
     check_lines(lines, timed=True)
