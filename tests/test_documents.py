@@ -28,7 +28,7 @@ from diffusers_magihuman.tools.hub import write_repository_code
 README, CARDS = ROOT / "README.md", sorted((ROOT / "model_cards").glob("*.md"))
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # Pages whose blocks run by default, the quick ones; the cards are those that others are like, but for names.
-QUICK = ("generate.md", "distill", "turbo-vae.md")
+QUICK = ("distill", "turbo-vae.md")
 GPU = {  # what a CPU cannot: the GPU and its kernels, bfloat16 and compilation in little time
     '"cuda"': '"cpu"',
     "torch.bfloat16": "torch.float32",

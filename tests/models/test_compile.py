@@ -49,6 +49,7 @@ def assert_equal_outputs(model, compiled, batch_size=1, **lengths):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_one_graph_serves_all_lengths_with_masks_local_layers_and_fused_projections():
     model = make_model(**LOCAL)
     model.fuse_qkv_projections()

@@ -30,7 +30,7 @@ from diffusers import DiffusionPipeline
 from means import Fit, Looks, Means, look_loss
 from people import HAIR_COLOUR, SHIRT
 from prompts import Scene, make_prompt
-from recipe import Run, make_parser, to_tensor
+from recipe import Muon, Run, make_parser, to_tensor
 from recognise import LOOKS
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
@@ -588,6 +588,26 @@ for _ in run.steps():
     state = tmp_path / "runs/linear/state"
     assert json.loads((state / "progress.json").read_text())["step"] == 2
     assert len([*state.glob("random_states_*.pkl")]) == 2
+
+
+def test_steps_are_those_of_torch():
+    torch.manual_seed(0)
+    shapes = (24, 4, 3), (6, 40)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
+    before = [matrix.detach().clone() for matrix in matrices]
+    ours = Muon(weights, 0.1)
+    theirs = torch.optim.Muon(matrices, 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for weight, matrix in zip(weights, matrices, strict=True):
+            weight.grad = torch.randn_like(weight)
+            matrix.grad = weight.grad.flatten(1)
+        ours.step()
+        theirs.step()
+    for weight, matrix, start in zip(weights, matrices, before, strict=True):
+        expected = matrix.detach() - start
+        error = weight.detach().flatten(1) - start - expected
+        assert error.norm() < 0.02 * expected.norm()  # theirs is in bfloat16
 
 
 def test_no_dataset_is_an_error(tmp_path):
