@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": learning_rate, "momentum": 0.95})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, _: None = None) -> None:  # a closure, which Accelerate passes on
         for group in self.param_groups:
             for weight in group["params"]:
                 if (gradient := weight.grad) is not None:
