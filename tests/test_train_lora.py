@@ -102,10 +102,10 @@ def test_bytes_are_the_same_in_another_process(folder):
     files = []
     options = "--model tiny --data clips --cache cache --height 64 --width 64 --num-frames 5 --steps 1 --save-every 1"
     command = [sys.executable, train_lora.__file__, *options.split(), "--output"]
-    for seed in "123":
+    for seed in "12":
         subprocess.run([*command, f"hash{seed}"], cwd=folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
         files.append((folder / f"hash{seed}" / "pytorch_lora_weights.safetensors").read_bytes())
-    assert files[0] == files[1] == files[2]
+    assert files[0] == files[1]
     done = subprocess.run([*command, "hash1", "--rank", "8"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2 and "train_lora.py: error: " in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
