@@ -35,7 +35,7 @@ from diffusers_magihuman.checks import show
 from diffusers_magihuman.tools.cli import main
 
 pytestmark = pytest.mark.slow
-SECONDS = {"arguments": 45, "files": 60, "commands": 40}
+SECONDS = {"arguments": 30, "files": 40, "commands": 25}
 CLASSES = ("fine", "refused", "unclear", "silent", "wrong", "huge", "hang")
 
 
