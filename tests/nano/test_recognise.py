@@ -217,7 +217,7 @@ def test_every_part_runs_and_gives_its_rows(untrained, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_minute_of_training_reads_looks():
-    reader = recognise.train_look_reader(people=400, steps=700, batch_size=24)
+    reader = recognise.train_look_reader(people=400, steps=400, batch_size=24)
     wishes = [Wish(wish.seed, replace(wish.scene, words=()), 5) for wish in make_wishes(40)]
     reader = Readers(reader, WordReader().eval())
-    assert read(reader, wishes, show_drawn(wishes))["looks"] > 0.85
+    assert read(reader, wishes, show_drawn(wishes))["looks"] > 0.7  # by chance 0.3
