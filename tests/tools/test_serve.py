@@ -258,9 +258,15 @@ def test_what_is_no_call_of_the_contract_is_refused(client, monkeypatch):
     assert client.call("GET", "/health")[0] == 200
 
 
-def test_a_full_disk_is_not_the_fault_of_the_client(client, caplog, monkeypatch):
-    assert client.call("GET", "/health")[0] == 200  # it has printed its address, for which it would have no room
+@pytest.fixture
+def log(client, caplog, monkeypatch):
+    """What the service logs: Uvicorn writes to what standard error was when it began."""
+    assert client.call("GET", "/health")[0] == 200  # it has begun, and has printed its address
     monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    return caplog
+
+
+def test_a_full_disk_is_not_the_fault_of_the_client(client, log):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
@@ -268,10 +274,10 @@ def test_a_full_disk_is_not_the_fault_of_the_client(client, caplog, monkeypatch)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 500 and not [*client.service.folder("").iterdir()]
-    wait_until(lambda: "File too large" in caplog.text)  # the service's own fault is logged
+    wait_until(lambda: "File too large" in log.text)  # the service's own fault is logged
 
 
-def test_a_client_that_goes_away_leaves_a_place_and_no_trace(client, capfd):
+def test_a_client_that_goes_away_leaves_a_place_and_no_trace(client, log):
     for kind in ("application/json", "multipart/form-data; boundary=edge"):
         before = client.service.refused[400]
         with socket.create_connection(("127.0.0.1", int(client.address.rpartition(":")[2])), 60) as gone:
@@ -279,7 +285,7 @@ def test_a_client_that_goes_away_leaves_a_place_and_no_trace(client, capfd):
             gone.sendall("\r\n".join([*head, "", "{"]).encode())
         wait_until(lambda before=before: client.service.refused[400] == before + 1)
     wait_until(lambda: client.service.num_arriving == 0)
-    assert "Traceback" not in capfd.readouterr().err
+    assert "Traceback" not in log.text
 
 
 def test_bodies_are_decoded_one_at_a_time(client, monkeypatch):
